@@ -1,0 +1,366 @@
+//! [`Builder`]: the one call, and library mode.
+//!
+//! The only room that knows both sources and sinks. Each setting says its meaning, its default and
+//! what can be wrong with it; what is wrong is a [`ConfigError`] that names setting, value and way
+//! out.
+
+use std::fmt;
+use std::sync::Arc;
+#[cfg(feature = "otel")]
+use std::time::Duration;
+
+use crate::conntrack::Conntrack;
+use crate::observer::{Composed, Observer};
+use crate::record::Recorder;
+use crate::record::stats::Drops;
+
+/// How many closed connections are remembered by default.
+const HISTORY: usize = 256;
+/// And at most.
+const LONGEST_HISTORY: usize = 1_000_000;
+/// How long a name may be, in bytes.
+const LONGEST_NAME: usize = 100;
+
+/// A setting that can't be used: which one, its value, and the way out.
+#[derive(Debug)]
+pub struct ConfigError {
+    setting: String,
+    value: String,
+    help: String,
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+impl ConfigError {
+    pub(crate) fn new(setting: &str, value: &str, help: &str) -> Self {
+        // A value may come from anywhere; its beginning is enough to know it by.
+        let mut value: String = value.chars().take(200).collect();
+        if value.len() < 200 {
+            value.shrink_to_fit();
+        }
+        Self {
+            setting: setting.to_owned(),
+            value,
+            help: help.to_owned(),
+            source: None,
+        }
+    }
+
+    #[allow(dead_code)] // by features
+    pub(crate) fn with_source(
+        mut self,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+
+    /// The setting: a builder's method or an environment variable.
+    pub fn setting(&self) -> &str {
+        &self.setting
+    }
+
+    /// Its value; never a secret.
+    pub fn value(&self) -> &str {
+        &self.value
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} = {:?} can't be used: {}",
+            self.setting, self.value, self.help
+        )?;
+        match &self.source {
+            Some(source) => write!(f, " ({source})"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for ConfigError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_ref().map(|source| &**source as _)
+    }
+}
+
+/// A name becomes an attribute's value and a label, so it must be fit for both.
+pub(crate) fn valid_name(setting: &str, name: &str) -> Result<(), ConfigError> {
+    let help = if name.is_empty() {
+        "a name can't be empty; give the name that you want to see in traces and metrics"
+    } else if name.len() > LONGEST_NAME {
+        "a name can't be longer than 100 bytes; give a shorter one"
+    } else if name.chars().any(char::is_control) {
+        "a name can't have control characters; leave them out"
+    } else {
+        return Ok(());
+    };
+    Err(ConfigError::new(setting, name, help))
+}
+
+/// Sets a [`Conntrack`] up. From [`Conntrack::builder`].
+///
+/// End with [`build`](Self::build) to use the providers that the application has, or none; end with
+/// [`init`](Self::init) to have OpenTelemetry set up as well.
+#[must_use = "call `build()` or `init()`"]
+pub struct Builder {
+    observers: Vec<Arc<dyn Observer>>,
+    history: usize,
+    #[cfg(feature = "otel")]
+    pub(crate) telemetry: Telemetry,
+    #[cfg(feature = "otlp")]
+    pub(crate) init: crate::telemetry::settings::InitSettings,
+}
+
+/// What library mode needs.
+#[cfg(feature = "otel")]
+pub(crate) struct Telemetry {
+    pub(crate) tracer: Option<TracerOf>,
+    pub(crate) meters: Vec<MeterOf>,
+    checkpoint: Option<Duration>,
+}
+
+#[cfg(feature = "otel")]
+type TracerOf = Box<
+    dyn FnOnce(opentelemetry::InstrumentationScope) -> opentelemetry::global::BoxedTracer + Send,
+>;
+#[cfg(feature = "otel")]
+type MeterOf =
+    Box<dyn FnOnce(opentelemetry::InstrumentationScope) -> opentelemetry::metrics::Meter + Send>;
+
+/// A `Conntrack` and what `init` needs of its inside.
+pub(crate) struct Built {
+    pub(crate) conntrack: Conntrack,
+    #[cfg(feature = "otlp")]
+    pub(crate) spans: Option<Arc<crate::telemetry::spans::SpanWriter>>,
+}
+
+impl Builder {
+    pub(crate) fn new() -> Self {
+        Self {
+            observers: Vec::new(),
+            history: HISTORY,
+            #[cfg(feature = "otel")]
+            telemetry: Telemetry {
+                tracer: None,
+                meters: Vec::new(),
+                checkpoint: Some(Duration::from_secs(300)),
+            },
+            #[cfg(feature = "otlp")]
+            init: Default::default(),
+        }
+    }
+
+    /// Adds an observer, called after those added before it. See [`Observer`].
+    pub fn observer(mut self, observer: impl Observer) -> Self {
+        self.observers.push(Arc::new(observer));
+        self
+    }
+
+    /// How many closed connections and failed attempts are remembered for
+    /// [`Conntrack::recently_closed`]. Default 256, about 1 KiB each; 0 for none, a million at most.
+    pub const fn history(mut self, connections: usize) -> Self {
+        self.history = connections;
+        self
+    }
+
+    /// Writes spans with this provider. Default: no spans, in library mode.
+    ///
+    /// The provider stays the application's: it is neither installed globally nor shut down.
+    #[cfg(feature = "otel")]
+    pub fn tracer_provider<P>(mut self, provider: P) -> Self
+    where
+        P: opentelemetry::trace::TracerProvider + Send + 'static,
+        P::Tracer: Send + Sync + 'static,
+        <P::Tracer as opentelemetry::trace::Tracer>::Span: Send + Sync + 'static,
+    {
+        self.telemetry.tracer = Some(Box::new(move |scope| {
+            let tracer = provider.tracer_with_scope(scope);
+            opentelemetry::global::BoxedTracer::new(Box::new(tracer))
+        }));
+        self
+    }
+
+    /// Reports metrics to this provider. Default: no metrics, in library mode. May be called more
+    /// than once.
+    ///
+    /// Prefer one provider per exporter: with two readers on one provider the 0.33 SDK mixes up what
+    /// observable instruments report.
+    #[cfg(feature = "otel")]
+    pub fn meter_provider<P>(mut self, provider: P) -> Self
+    where
+        P: opentelemetry::metrics::MeterProvider + Send + 'static,
+    {
+        self.telemetry
+            .meters
+            .push(Box::new(move |scope| provider.meter_with_scope(scope)));
+        self
+    }
+
+    /// Writes a `connection checkpoint` span for each connection that is open for longer than this,
+    /// and again each time it has passed. Default 5 minutes; none for never.
+    ///
+    /// It makes open connections visible in a trace store, which shows a span only when it has
+    /// ended. **Warning**: with N connections open for long, a short interval costs N spans each
+    /// time it passes.
+    #[cfg(feature = "otel")]
+    pub fn checkpoint_interval(mut self, interval: impl Into<Option<Duration>>) -> Self {
+        self.telemetry.checkpoint = interval.into();
+        self
+    }
+
+    /// Library mode: nothing global is touched, nothing is started but the checkpoint clock, and that
+    /// only with a tracer.
+    ///
+    /// ```
+    /// # #[cfg(feature = "otlp")] {
+    /// use opentelemetry_sdk::trace::SdkTracerProvider;
+    /// use otel_conntrack::{Conntrack, opentelemetry_sdk};
+    ///
+    /// let tracer_provider = SdkTracerProvider::builder().build(); // the application's own
+    /// let conntrack = Conntrack::builder().tracer_provider(tracer_provider.clone()).build()?;
+    /// # }
+    /// # Ok::<(), otel_conntrack::ConfigError>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// When a setting can't be used, and when settings that only [`init`](Self::init) honours were
+    /// given.
+    pub fn build(self) -> Result<Conntrack, ConfigError> {
+        #[cfg(feature = "otlp")]
+        self.init.refuse_in_library_mode()?;
+        Ok(self.assemble(Arc::default())?.conntrack)
+    }
+
+    pub(crate) fn assemble(self, drops: Arc<Drops>) -> Result<Built, ConfigError> {
+        if self.history > LONGEST_HISTORY {
+            return Err(ConfigError::new(
+                "history",
+                &self.history.to_string(),
+                "at most 1000000 connections can be remembered; a channel observer sees them all",
+            ));
+        }
+        let recorder = Recorder::new(Composed::new(self.observers), self.history, drops);
+        #[cfg(feature = "otel")]
+        {
+            self.telemetry.attach(recorder)
+        }
+        #[cfg(not(feature = "otel"))]
+        {
+            Ok(Built {
+                conntrack: Conntrack {
+                    recorder,
+                    _keep: Arc::new(()),
+                },
+            })
+        }
+    }
+}
+
+#[cfg(feature = "otel")]
+impl Telemetry {
+    /// Hangs the sinks on the record.
+    fn attach(self, recorder: Recorder) -> Result<Built, ConfigError> {
+        use crate::record::recorder::Sink;
+        use crate::telemetry::checkpoint::Clock;
+        use crate::telemetry::metrics::{Histograms, observe};
+        use crate::telemetry::spans::SpanWriter;
+
+        if let Some(interval) = self
+            .checkpoint
+            .filter(|interval| *interval < SHORTEST_CHECKPOINT)
+        {
+            return Err(ConfigError::new(
+                "checkpoint_interval",
+                &format!("{interval:?}"),
+                "must be at least 100 ms; give `None` for no checkpoints",
+            ));
+        }
+        let scope = crate::telemetry::scope(recorder.ordinal());
+        let meters: Vec<_> = self
+            .meters
+            .into_iter()
+            .map(|meter| meter(scope.clone()))
+            .collect();
+        let spans = self
+            .tracer
+            .map(|tracer| Arc::new(SpanWriter::new(tracer(scope))));
+
+        let mut sinks: Vec<Arc<dyn Sink>> = Vec::new();
+        if let Some(spans) = &spans {
+            sinks.push(spans.clone());
+        }
+        if !meters.is_empty() {
+            sinks.push(Arc::new(Histograms::new(&meters, &recorder)));
+            for meter in &meters {
+                observe(meter, &recorder);
+            }
+        }
+        recorder.set_sinks(sinks);
+
+        let clock = match (&spans, self.checkpoint) {
+            (Some(spans), Some(interval)) => {
+                let clock = Clock::start(recorder.clone(), spans.clone(), interval);
+                Some(clock.map_err(|error| {
+                    ConfigError::new(
+                        "checkpoint_interval",
+                        &format!("{interval:?}"),
+                        "its thread could not be started; give `None` for no checkpoints",
+                    )
+                    .with_source(error)
+                })?)
+            }
+            _ => None,
+        };
+        Ok(Built {
+            conntrack: Conntrack {
+                recorder,
+                _keep: Arc::new(clock),
+            },
+            #[cfg(feature = "otlp")]
+            spans,
+        })
+    }
+}
+
+#[cfg(feature = "otel")]
+const SHORTEST_CHECKPOINT: Duration = Duration::from_millis(100);
+
+impl fmt::Debug for Builder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Builder")
+            .field("observers", &self.observers.len())
+            .field("history", &self.history)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bad_names_are_errors_that_say_which_and_why() {
+        for (name, word) in [
+            ("", "empty"),
+            (&*"x".repeat(101), "100 bytes"),
+            ("a\nb", "control"),
+        ] {
+            let error = valid_name("listener name", name).unwrap_err();
+            assert_eq!(error.setting(), "listener name");
+            assert!(error.to_string().contains(word), "{error}");
+        }
+        assert!(valid_name("listener name", &"é".repeat(50)).is_ok());
+    }
+
+    #[test]
+    fn a_history_beyond_reason_is_refused() {
+        let error = Conntrack::builder()
+            .history(usize::MAX)
+            .build()
+            .unwrap_err();
+        assert!(error.to_string().starts_with("history = "), "{error}");
+    }
+}

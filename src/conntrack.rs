@@ -1,0 +1,183 @@
+//! [`Conntrack`]: the facade that hands out sources and snapshots.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use crate::builder::{Builder, ConfigError, valid_name};
+use crate::event::{Direction, Endpoint, Target};
+use crate::io::{Endpoints, TrackedIo};
+use crate::outbound::track;
+use crate::record::Recorder;
+use crate::record::stats::{ConnectionSnapshot, Stats};
+
+/// Sees connections. Cheap to clone; every clone is the same.
+///
+/// Made by [`Conntrack::builder`]: [`init()`](Builder::init) sets OpenTelemetry up as well,
+/// [`build()`](Builder::build) uses what the application has, or nothing.
+///
+/// It hands out the sources: [`listener`](Self::listener) for inbound connections,
+/// [`dialer`](Self::dialer) and [`connector`](Self::connector) for outbound ones. What they do is in
+/// [`stats`](Self::stats) and [`connections`](Self::connections), in spans and metrics, and goes to
+/// [observers](crate::Observer). Sources and connections stay valid when the last `Conntrack` is
+/// dropped.
+#[derive(Clone)]
+pub struct Conntrack {
+    pub(crate) recorder: Recorder,
+    /// What the telemetry needs alive: the checkpoint clock. Its drop stops it.
+    pub(crate) _keep: Arc<dyn std::any::Any + Send + Sync>,
+}
+
+impl Conntrack {
+    /// Starts to set one up.
+    pub fn builder() -> Builder {
+        Builder::new()
+    }
+
+    /// A tracked listener under this name: bind it or wrap one.
+    #[cfg(feature = "net")]
+    pub fn listener(&self, name: &str) -> crate::ListenerBuilder {
+        crate::ListenerBuilder::new(self.recorder.clone(), name)
+    }
+
+    /// A tracked dialer under this name: opens connections for any protocol.
+    #[cfg(feature = "net")]
+    pub fn dialer(&self, name: &str) -> crate::DialerBuilder {
+        crate::DialerBuilder::new(self.recorder.clone(), name)
+    }
+
+    /// Tracks what a tower connector opens, under this name.
+    #[cfg(feature = "hyper")]
+    pub fn connector(&self, name: &str) -> crate::ConnectorBuilder {
+        crate::ConnectorBuilder::new(self.recorder.clone(), name)
+    }
+
+    /// Has a dialer's name reported with zeros before its first use, for names that come with calls
+    /// (`DialName`). go-conntrack: `PreRegisterDialerMetrics`.
+    ///
+    /// # Errors
+    ///
+    /// When the name is empty, longer than 100 bytes or has control characters.
+    pub fn declare_dialer(&self, name: &str) -> Result<(), ConfigError> {
+        valid_name("dialer name", name)?;
+        self.recorder.declared(Direction::Outbound, name);
+        Ok(())
+    }
+
+    /// Tracks a stream that somebody else accepted, from now until it is dropped.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use otel_conntrack::Conntrack;
+    ///
+    /// let conntrack = Conntrack::builder().build()?;
+    /// let (stream, _peer) = tokio::io::duplex(64);
+    /// let stream = conntrack.track_accepted("pipe", stream, None, None)?;
+    /// assert_eq!(conntrack.connections().len(), 1);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// When the name is empty, longer than 100 bytes or has control characters.
+    pub fn track_accepted<T>(
+        &self,
+        name: &str,
+        io: T,
+        local: Option<Endpoint>,
+        peer: Option<Endpoint>,
+    ) -> Result<TrackedIo<T>, ConfigError> {
+        valid_name("listener name", name)?;
+        let scope = self.recorder.declared(Direction::Inbound, name);
+        Ok(TrackedIo::new(
+            io,
+            self.recorder.accepted(&scope, local, peer),
+        ))
+    }
+
+    /// Tracks somebody else's dialling: any future that yields a stream. Dropped before it is done,
+    /// it counts as cancelled.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use otel_conntrack::{Conntrack, FailureReason};
+    /// use std::io;
+    ///
+    /// let conntrack = Conntrack::builder().build()?;
+    /// let dial = async { Err::<tokio::io::DuplexStream, _>(io::Error::from(io::ErrorKind::TimedOut)) };
+    /// let failed = conntrack.track_dial("db", ("db.internal", 5432), dial).await;
+    /// assert!(failed.is_err());
+    ///
+    /// let stats = conntrack.stats();
+    /// let db = stats.dialer("db").ok_or("not there")?;
+    /// assert_eq!((db.attempts, db.failed(FailureReason::TimedOut)), (1, 1));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// A name that can't be one, or the future's own.
+    pub async fn track_dial<T, E>(
+        &self,
+        name: &str,
+        target: impl Into<Target>,
+        dial: impl Future<Output = Result<T, E>>,
+    ) -> Result<TrackedIo<T>, TrackError<E>>
+    where
+        T: Endpoints,
+        E: std::error::Error + 'static,
+    {
+        valid_name("dialer name", name)?;
+        let scope = self.recorder.declared(Direction::Outbound, name);
+        track(&self.recorder, &scope, target.into(), dial)
+            .await
+            .map_err(TrackError::Dial)
+    }
+
+    /// Everything that is counted, now.
+    ///
+    /// Each scope in it is consistent in itself: see [`ScopeStats`](crate::ScopeStats) for what is
+    /// always true.
+    pub fn stats(&self) -> Stats {
+        self.recorder.stats()
+    }
+
+    /// Every connection that is open or being set up, by id.
+    pub fn connections(&self) -> Vec<ConnectionSnapshot> {
+        self.recorder
+            .live()
+            .iter()
+            .map(|connection| connection.snapshot())
+            // One that was closed since the list was made is in the history.
+            .filter(|connection| connection.state != crate::ConnectionState::Closed)
+            .collect()
+    }
+
+    /// The last connections that were closed and attempts that failed, oldest first; as many as
+    /// [`Builder::history`] keeps.
+    pub fn recently_closed(&self) -> Vec<ConnectionSnapshot> {
+        self.recorder.history()
+    }
+}
+
+impl std::fmt::Debug for Conntrack {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Conntrack")
+            .field("recorder", &self.recorder)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why [`Conntrack::track_dial`] gave no stream.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrackError<E: std::error::Error + 'static> {
+    /// The name can't be one; nothing was dialled.
+    #[error(transparent)]
+    Name(#[from] ConfigError),
+    /// The dialling failed.
+    #[error(transparent)]
+    Dial(E),
+}

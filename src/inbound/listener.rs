@@ -1,0 +1,475 @@
+//! [`Listener`]: accepts tracked connections.
+//!
+//! Defines two kinds of accept errors. After a **passing** one (the peer left before it was
+//! accepted) the next connection is tried at once. A **shortage** (no descriptor, no memory, and
+//! whatever else is not known) will fail again right away, so there is a pause first, doubling from
+//! 5 ms to 1 s as in Go's `net/http`. Each error is counted. The pause is part of the future, so it
+//! ends when the future is dropped: go-conntrack's slept through the closing of its listener.
+
+use std::fmt;
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream, ToSocketAddrs};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::builder::{ConfigError, valid_name};
+use crate::event::{AcceptErrorReason, Direction, Endpoint, RejectReason};
+use crate::io::{Endpoints, TrackedIo};
+use crate::record::{Recorder, Scope};
+use crate::socket::Keepalive;
+
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Something that accepts connections: any listener can be wrapped, not only tokio's.
+///
+/// # Example
+///
+/// ```
+/// use std::{io, task::{Context, Poll}};
+/// use otel_conntrack::Accept;
+/// use tokio::{io::DuplexStream, sync::mpsc::Receiver};
+///
+/// /// Connections that come through a channel.
+/// struct InMemory(Receiver<DuplexStream>);
+///
+/// impl Accept for InMemory {
+///     type Io = DuplexStream;
+///     type Addr = ();
+///
+///     fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<(DuplexStream, ())>> {
+///         self.0.poll_recv(cx).map(|stream| {
+///             stream.map(|stream| (stream, ())).ok_or_else(|| io::ErrorKind::NotConnected.into())
+///         })
+///     }
+///
+///     fn local_addr(&self) -> io::Result<()> {
+///         Ok(())
+///     }
+/// }
+/// ```
+pub trait Accept {
+    /// The stream.
+    type Io: Endpoints;
+    /// The peer's address, as this listener tells it.
+    type Addr;
+
+    /// Accepts the next connection.
+    ///
+    /// # Errors
+    ///
+    /// [`Listener`] counts each and tries again.
+    fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<(Self::Io, Self::Addr)>>;
+
+    /// Where it listens.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    fn local_addr(&self) -> io::Result<Self::Addr>;
+
+    /// Sets TCP options on a stream that was just accepted. Default: none, for what is not TCP.
+    fn configure(_io: &Self::Io, _options: &SocketOptions) {}
+}
+
+/// What a listener does to each stream it accepted. See the builder's methods.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SocketOptions {
+    nodelay: Option<bool>,
+    keepalive: Option<Keepalive>,
+}
+
+impl Accept for TcpListener {
+    type Io = TcpStream;
+    type Addr = SocketAddr;
+
+    fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<(TcpStream, SocketAddr)>> {
+        Self::poll_accept(self, cx)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.local_addr()
+    }
+
+    fn configure(io: &TcpStream, options: &SocketOptions) {
+        // A peer that is gone already makes these fail; its connection will tell soon enough.
+        if let Some(on) = options.nodelay {
+            let _ = io.set_nodelay(on);
+        }
+        if let Some(keepalive) = options.keepalive {
+            let _ = socket2::SockRef::from(io).set_tcp_keepalive(&keepalive.to_socket());
+        }
+    }
+}
+
+#[cfg(unix)]
+impl Accept for tokio::net::UnixListener {
+    type Io = tokio::net::UnixStream;
+    type Addr = tokio::net::unix::SocketAddr;
+
+    fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<(Self::Io, Self::Addr)>> {
+        Self::poll_accept(self, cx)
+    }
+
+    fn local_addr(&self) -> io::Result<Self::Addr> {
+        self.local_addr()
+    }
+}
+
+/// What happens to a connection beyond [`ListenerBuilder::max_connections`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum WhenFull {
+    /// It waits in the kernel's accept queue until another one is closed. The default.
+    #[default]
+    Wait,
+    /// It is accepted, closed at once, and counted as rejected: the client knows right away.
+    Reject,
+}
+
+/// Sets a [`Listener`] up. From [`Conntrack::listener`](crate::Conntrack::listener).
+#[derive(Debug)]
+#[must_use = "call `bind()` or `wrap()`"]
+pub struct ListenerBuilder {
+    recorder: Recorder,
+    name: String,
+    spans: Option<bool>,
+    metrics: Option<bool>,
+    options: SocketOptions,
+    max_connections: Option<usize>,
+    when_full: WhenFull,
+}
+
+impl ListenerBuilder {
+    pub(crate) fn new(recorder: Recorder, name: &str) -> Self {
+        Self {
+            recorder,
+            name: name.to_owned(),
+            spans: None,
+            metrics: None,
+            options: SocketOptions::default(),
+            max_connections: None,
+            when_full: WhenFull::Wait,
+        }
+    }
+
+    /// Whether this name's connections get spans. Default: on, if the `Conntrack` has a tracer.
+    pub const fn spans(mut self, on: bool) -> Self {
+        self.spans = Some(on);
+        self
+    }
+
+    /// Whether this name's connections are in the metrics. Default: on. `stats()` has them anyway.
+    pub const fn metrics(mut self, on: bool) -> Self {
+        self.metrics = Some(on);
+        self
+    }
+
+    /// `TCP_NODELAY` on accepted streams. Default: as the system has it, off.
+    pub const fn nodelay(mut self, on: bool) -> Self {
+        self.options.nodelay = Some(on);
+        self
+    }
+
+    /// TCP keepalive on accepted streams: finds clients that vanished. Default off.
+    pub fn keepalive(mut self, keepalive: impl Into<Keepalive>) -> Self {
+        self.options.keepalive = Some(keepalive.into());
+        self
+    }
+
+    /// How many connections may be open at once. Default: no limit but the descriptors'.
+    ///
+    /// A connection has its place until its stream is dropped.
+    pub const fn max_connections(mut self, limit: usize) -> Self {
+        self.max_connections = Some(limit);
+        self
+    }
+
+    /// What happens beyond `max_connections`. Default: [`WhenFull::Wait`].
+    pub const fn when_full(mut self, when_full: WhenFull) -> Self {
+        self.when_full = when_full;
+        self
+    }
+
+    /// Binds a TCP listener. Port 0 takes a free one: [`Listener::local_addr`].
+    ///
+    /// # Errors
+    ///
+    /// A setting that can't be, or an address that can't be bound, with the address in the text.
+    pub async fn bind(
+        self,
+        address: impl ToSocketAddrs + fmt::Debug,
+    ) -> Result<Listener, ConfigError> {
+        let listener = TcpListener::bind(&address)
+            .await
+            .map_err(|error| cannot_bind(&format!("{address:?}"), error))?;
+        self.wrap(listener)
+    }
+
+    /// Binds a Unix socket. A path that exists is an error; removing a stale one is the caller's
+    /// decision.
+    ///
+    /// # Errors
+    ///
+    /// As [`bind`](Self::bind).
+    #[cfg(unix)]
+    pub fn bind_unix(
+        self,
+        path: impl AsRef<std::path::Path>,
+    ) -> Result<Listener<tokio::net::UnixListener>, ConfigError> {
+        let path = path.as_ref();
+        let listener = tokio::net::UnixListener::bind(path)
+            .map_err(|error| cannot_bind(&path.display().to_string(), error))?;
+        self.wrap(listener)
+    }
+
+    /// Wraps a listener that is bound already.
+    ///
+    /// # Errors
+    ///
+    /// When the name is empty, longer than 100 bytes or has control characters, or a setting can't
+    /// be.
+    pub fn wrap<L: Accept>(self, listener: L) -> Result<Listener<L>, ConfigError> {
+        valid_name("listener name", &self.name)?;
+        if let Some(keepalive) = self.options.keepalive {
+            keepalive.check("listener keepalive")?;
+        }
+        let places = match self.max_connections {
+            Some(limit @ 1..=Semaphore::MAX_PERMITS) => Some(Arc::new(Semaphore::new(limit))),
+            Some(limit) => {
+                return Err(ConfigError::new(
+                    "listener max_connections",
+                    &limit.to_string(),
+                    "must be at least 1 and at most usize::MAX / 8; leave it out for no limit",
+                ));
+            }
+            None => None,
+        };
+        let scope = self.recorder.declared(Direction::Inbound, &self.name);
+        if let Some(on) = self.spans {
+            scope.set_spans(on);
+        }
+        if let Some(on) = self.metrics {
+            scope.set_metrics(on);
+        }
+        Ok(Listener {
+            inner: listener,
+            recorder: self.recorder,
+            scope,
+            options: self.options,
+            places,
+            when_full: self.when_full,
+            pause: None,
+        })
+    }
+}
+
+fn cannot_bind(address: &str, error: io::Error) -> ConfigError {
+    ConfigError::new(
+        "listener address",
+        address,
+        "free the address, choose another, or give port 0 to take any free one",
+    )
+    .with_source(error)
+}
+
+/// A listener whose connections are tracked.
+///
+/// # Example
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use otel_conntrack::Conntrack;
+///
+/// let conntrack = Conntrack::builder().build()?;
+/// let mut listener = conntrack.listener("http").bind("127.0.0.1:0").await?;
+/// let address = listener.local_addr()?;
+///
+/// let client = tokio::net::TcpStream::connect(address).await?;
+/// let (stream, peer) = listener.accept().await;
+/// assert_eq!(peer, client.local_addr()?);
+/// assert_eq!(conntrack.stats().open(), 1);
+///
+/// drop(stream);
+/// assert_eq!(conntrack.stats().open(), 0);
+/// # Ok(())
+/// # }
+/// ```
+pub struct Listener<L = TcpListener> {
+    inner: L,
+    recorder: Recorder,
+    scope: Arc<Scope>,
+    options: SocketOptions,
+    places: Option<Arc<Semaphore>>,
+    when_full: WhenFull,
+    /// The last pause after a shortage; none since the last success.
+    pause: Option<Duration>,
+}
+
+impl<L: Accept> Listener<L> {
+    /// The name.
+    pub fn name(&self) -> &str {
+        &self.scope.name
+    }
+
+    /// Where it listens.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn local_addr(&self) -> io::Result<L::Addr> {
+        self.inner.local_addr()
+    }
+
+    /// The listener inside.
+    pub const fn get_ref(&self) -> &L {
+        &self.inner
+    }
+
+    /// Accepts the next connection, for as long as it takes: every accept error is counted and
+    /// tried again, after a pause where a shortage is the reason.
+    ///
+    /// Cancel-safe: no connection is lost. It does not return an error, so an accept loop can't end
+    /// by one; use [`try_accept`](Self::try_accept) to see them.
+    pub async fn accept(&mut self) -> (TrackedIo<L::Io>, L::Addr) {
+        loop {
+            match self.try_accept().await {
+                Ok(accepted) => return accepted,
+                Err(error) => {
+                    if let Some(pause) = self.after(&error) {
+                        tokio::time::sleep(pause).await;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Accepts the next connection, or counts the error and returns it.
+    ///
+    /// Cancel-safe.
+    ///
+    /// # Errors
+    ///
+    /// The system's, one call at a time and with no pause.
+    pub async fn try_accept(&mut self) -> io::Result<(TrackedIo<L::Io>, L::Addr)> {
+        loop {
+            // Waiting for a place comes before accepting, so that a cancel loses no connection.
+            let place = match (&self.places, self.when_full) {
+                (Some(places), WhenFull::Wait) => places.clone().acquire_owned().await.ok(),
+                _ => None,
+            };
+            let (io, address) = match poll_fn(|cx| self.inner.poll_accept(cx)).await {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    self.recorder.accept_error(&self.scope, reason(&error));
+                    return Err(error);
+                }
+            };
+            self.pause = None;
+            let place = match (&self.places, place) {
+                (Some(places), None) => match places.clone().try_acquire_owned() {
+                    Ok(place) => Some(place),
+                    Err(_) => {
+                        self.reject(io);
+                        continue;
+                    }
+                },
+                (_, place) => place,
+            };
+            L::configure(&io, &self.options);
+            return Ok((self.track(io, place), address));
+        }
+    }
+
+    fn track(&self, io: L::Io, place: Option<OwnedSemaphorePermit>) -> TrackedIo<L::Io> {
+        let (local, peer) = (io.local_endpoint(), io.peer_endpoint());
+        let guard = self.recorder.accepted(&self.scope, local, peer);
+        TrackedIo::new(io, guard).with_permit(place)
+    }
+
+    fn reject(&self, io: L::Io) {
+        let peer: Option<Endpoint> = io.peer_endpoint();
+        drop(io);
+        self.recorder
+            .rejected(&self.scope, RejectReason::MaxConnections, peer);
+    }
+
+    /// How long to wait after an error before the next try.
+    fn after(&mut self, error: &io::Error) -> Option<Duration> {
+        if reason(error) == AcceptErrorReason::ConnectionAborted {
+            return None;
+        }
+        let pause = self
+            .pause
+            .map_or(FIRST_PAUSE, |last| (last * 2).min(LONGEST_PAUSE));
+        self.pause = Some(pause);
+        Some(pause)
+    }
+}
+
+impl<L> fmt::Debug for Listener<L> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Listener")
+            .field("name", &self.scope.name)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Linux passes errors of the new connection on from `accept`; accept(2) lists them.
+fn reason(error: &io::Error) -> AcceptErrorReason {
+    use io::ErrorKind as Kind;
+    match error.kind() {
+        Kind::ConnectionAborted
+        | Kind::ConnectionReset
+        | Kind::ConnectionRefused
+        | Kind::HostUnreachable
+        | Kind::Interrupted
+        | Kind::NetworkDown
+        | Kind::NetworkUnreachable => AcceptErrorReason::ConnectionAborted,
+        Kind::OutOfMemory => AcceptErrorReason::OutOfMemory,
+        Kind::PermissionDenied => AcceptErrorReason::AccessDenied,
+        _ => match error.raw_os_error() {
+            #[cfg(unix)]
+            Some(23 | 24) => AcceptErrorReason::TooManyOpenFiles,
+            // ENOBUFS, EPROTO
+            #[cfg(target_os = "linux")]
+            Some(105) => AcceptErrorReason::OutOfMemory,
+            #[cfg(target_os = "linux")]
+            Some(71) => AcceptErrorReason::ConnectionAborted,
+            _ => AcceptErrorReason::Other,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn accept_errors_are_told_apart() {
+        for (errno, expected) in [
+            (1, AcceptErrorReason::AccessDenied),
+            (12, AcceptErrorReason::OutOfMemory),
+            (23, AcceptErrorReason::TooManyOpenFiles),
+            (24, AcceptErrorReason::TooManyOpenFiles),
+            (71, AcceptErrorReason::ConnectionAborted),
+            (103, AcceptErrorReason::ConnectionAborted),
+            (104, AcceptErrorReason::ConnectionAborted),
+            (105, AcceptErrorReason::OutOfMemory),
+            (95, AcceptErrorReason::Other),
+        ] {
+            assert_eq!(
+                reason(&io::Error::from_raw_os_error(errno)),
+                expected,
+                "{errno}"
+            );
+        }
+    }
+}

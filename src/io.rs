@@ -1,0 +1,359 @@
+//! [`TrackedIo`]: a stream that is counted, and whose close is recorded exactly once.
+//!
+//! It wraps any tokio or hyper I/O. Reads and writes go straight through (vectored writes too, so
+//! hyper keeps its `writev`), add to two counters, and remember the first sign of an end: end of
+//! stream, an error, a shutdown of ours. The close is recorded when the wrapper is dropped, after
+//! the inner stream was dropped, so when the socket is really closed: also after an HTTP upgrade,
+//! when hyper is long gone.
+//!
+//! What is counted are the bytes on the layer that was wrapped: on the wire for a `TcpStream`,
+//! plaintext for a TLS stream.
+
+use std::fmt;
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use pin_project_lite::pin_project;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::event::Endpoint;
+use crate::record::connection::{ConnectionGuard, ConnectionRecord};
+
+pin_project! {
+    /// A tracked stream. It reads and writes like the stream inside.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use otel_conntrack::Conntrack;
+    /// use tokio::io::AsyncWriteExt;
+    ///
+    /// let conntrack = Conntrack::builder().build()?;
+    /// let (ours, _theirs) = tokio::io::duplex(64);
+    /// let mut stream = conntrack.track_accepted("pipe", ours, None, None)?;
+    /// stream.write_all(b"hello").await?;
+    /// assert_eq!(stream.record().snapshot().bytes_written, 5);
+    ///
+    /// drop(stream);
+    /// assert_eq!(conntrack.stats().open(), 0);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub struct TrackedIo<T> {
+        // Field order matters: the socket is closed first, then the close is recorded.
+        #[pin]
+        io: T,
+        guard: ConnectionGuard,
+        // A listener's place under its `max_connections`, free again after the close.
+        permit: Option<tokio::sync::OwnedSemaphorePermit>,
+    }
+}
+
+impl<T> TrackedIo<T> {
+    pub(crate) const fn new(io: T, guard: ConnectionGuard) -> Self {
+        Self {
+            io,
+            guard,
+            permit: None,
+        }
+    }
+
+    #[cfg(feature = "net")]
+    pub(crate) fn with_permit(mut self, permit: Option<tokio::sync::OwnedSemaphorePermit>) -> Self {
+        self.permit = permit;
+        self
+    }
+
+    /// The connection's record.
+    pub fn record(&self) -> ConnectionRecord {
+        ConnectionRecord(self.guard.connection().clone())
+    }
+
+    /// The stream inside.
+    pub const fn get_ref(&self) -> &T {
+        &self.io
+    }
+
+    /// The stream inside. What is read or written on it directly is not counted.
+    pub const fn get_mut(&mut self) -> &mut T {
+        &mut self.io
+    }
+
+    /// Changes the stream inside, as for a TLS handshake over it; the tracking goes on.
+    pub fn map<U>(self, wrap: impl FnOnce(T) -> U) -> TrackedIo<U> {
+        TrackedIo {
+            io: wrap(self.io),
+            guard: self.guard,
+            permit: self.permit,
+        }
+    }
+}
+
+impl<T: fmt::Debug> fmt::Debug for TrackedIo<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TrackedIo")
+            .field("io", &self.io)
+            .field("record", &self.record())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What one poll of a write told, for the record.
+fn note_written(
+    guard: &mut ConnectionGuard,
+    written: Poll<io::Result<usize>>,
+) -> Poll<io::Result<usize>> {
+    match &written {
+        Poll::Ready(Ok(bytes)) => guard.wrote(*bytes),
+        Poll::Ready(Err(error)) => guard.io_error(error),
+        Poll::Pending => {}
+    }
+    written
+}
+
+/// What one poll of a flush or shutdown told.
+fn note_done(guard: &ConnectionGuard, done: Poll<io::Result<()>>) -> Poll<io::Result<()>> {
+    if let Poll::Ready(Err(error)) = &done {
+        guard.io_error(error);
+    }
+    done
+}
+
+// === impl tokio I/O ===
+
+impl<T: AsyncRead> AsyncRead for TrackedIo<T> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = self.project();
+        let (before, room) = (buf.filled().len(), buf.remaining());
+        match ready!(this.io.poll_read(cx, buf)) {
+            Ok(()) => {
+                let bytes = buf.filled().len() - before;
+                if bytes > 0 {
+                    this.guard.read(bytes);
+                } else if room > 0 {
+                    this.guard.end_of_stream();
+                }
+                Poll::Ready(Ok(()))
+            }
+            Err(error) => {
+                this.guard.io_error(&error);
+                Poll::Ready(Err(error))
+            }
+        }
+    }
+}
+
+impl<T: AsyncWrite> AsyncWrite for TrackedIo<T> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.project();
+        note_written(this.guard, this.io.poll_write(cx, buf))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.project();
+        note_done(this.guard, this.io.poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.project();
+        this.guard.local_shutdown();
+        note_done(this.guard, this.io.poll_shutdown(cx))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.project();
+        note_written(this.guard, this.io.poll_write_vectored(cx, bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+}
+
+// === impl hyper I/O ===
+
+#[cfg(feature = "hyper")]
+mod hyper_io {
+    //! hyper's traits, for streams that come from a connector and so speak them already.
+
+    use super::*;
+    use hyper::rt::{Read, ReadBufCursor, Write};
+    use hyper_util::client::legacy::connect::{Connected, Connection};
+    use hyper_util::rt::TokioIo;
+
+    /// Counts what one read yields. hyper's cursor does not tell how much was put in without
+    /// unsafe code; tokio's buffer does, and hyper-util adapts both ways at no cost.
+    struct Counted<'a, T> {
+        io: TokioIo<Pin<&'a mut T>>,
+        bytes: usize,
+        room: usize,
+    }
+
+    impl<T: Read> AsyncRead for Counted<'_, T> {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            let before = buf.filled().len();
+            self.room = buf.remaining();
+            let read = Pin::new(&mut self.io).poll_read(cx, buf);
+            self.bytes = buf.filled().len() - before;
+            read
+        }
+    }
+
+    impl<T: Read> Read for TrackedIo<T> {
+        fn poll_read(
+            self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: ReadBufCursor<'_>,
+        ) -> Poll<io::Result<()>> {
+            let this = self.project();
+            let mut counted = Counted {
+                io: TokioIo::new(this.io),
+                bytes: 0,
+                room: 0,
+            };
+            let read = Read::poll_read(Pin::new(&mut TokioIo::new(&mut counted)), cx, buf);
+            match &read {
+                Poll::Ready(Ok(())) if counted.bytes > 0 => this.guard.read(counted.bytes),
+                Poll::Ready(Ok(())) if counted.room > 0 => this.guard.end_of_stream(),
+                Poll::Ready(Err(error)) => this.guard.io_error(error),
+                Poll::Ready(Ok(())) | Poll::Pending => {}
+            }
+            read
+        }
+    }
+
+    impl<T: Write> Write for TrackedIo<T> {
+        fn poll_write(
+            self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            let this = self.project();
+            note_written(this.guard, this.io.poll_write(cx, buf))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            let this = self.project();
+            note_done(this.guard, this.io.poll_flush(cx))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            let this = self.project();
+            this.guard.local_shutdown();
+            note_done(this.guard, this.io.poll_shutdown(cx))
+        }
+
+        fn is_write_vectored(&self) -> bool {
+            self.io.is_write_vectored()
+        }
+
+        fn poll_write_vectored(
+            self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            bufs: &[IoSlice<'_>],
+        ) -> Poll<io::Result<usize>> {
+            let this = self.project();
+            note_written(this.guard, this.io.poll_write_vectored(cx, bufs))
+        }
+    }
+
+    /// Puts the [`ConnectionRecord`] into the extensions of every response on this connection.
+    impl<T: Connection> Connection for TrackedIo<T> {
+        fn connected(&self) -> Connected {
+            self.io.connected().extra(self.record())
+        }
+    }
+}
+
+// === impl tonic's server side ===
+
+#[cfg(feature = "tonic")]
+impl<T: tonic::transport::server::Connected> tonic::transport::server::Connected for TrackedIo<T> {
+    type ConnectInfo = (ConnectionRecord, T::ConnectInfo);
+
+    fn connect_info(&self) -> Self::ConnectInfo {
+        (self.record(), self.io.connect_info())
+    }
+}
+
+/// Streams that can tell both ends, so that a connection's record has its addresses.
+///
+/// Implemented for tokio's TCP and Unix streams. The default says "unknown", which is right for
+/// anything without addresses; implement it for your own stream to show them.
+///
+/// ```
+/// struct InMemory;
+/// impl otel_conntrack::Endpoints for InMemory {}
+/// ```
+pub trait Endpoints {
+    /// Our end.
+    fn local_endpoint(&self) -> Option<Endpoint> {
+        None
+    }
+
+    /// Their end.
+    fn peer_endpoint(&self) -> Option<Endpoint> {
+        None
+    }
+}
+
+impl Endpoints for tokio::io::DuplexStream {}
+
+impl<T: Endpoints> Endpoints for TrackedIo<T> {
+    fn local_endpoint(&self) -> Option<Endpoint> {
+        self.io.local_endpoint()
+    }
+
+    fn peer_endpoint(&self) -> Option<Endpoint> {
+        self.io.peer_endpoint()
+    }
+}
+
+#[cfg(feature = "net")]
+impl Endpoints for tokio::net::TcpStream {
+    fn local_endpoint(&self) -> Option<Endpoint> {
+        self.local_addr().ok().map(Endpoint::Ip)
+    }
+
+    fn peer_endpoint(&self) -> Option<Endpoint> {
+        self.peer_addr().ok().map(Endpoint::Ip)
+    }
+}
+
+#[cfg(all(feature = "net", unix))]
+pub(crate) fn unix_endpoint(address: &tokio::net::unix::SocketAddr) -> Endpoint {
+    let path = address
+        .as_pathname()
+        .map(|path| path.to_string_lossy().into_owned());
+    Endpoint::Unix(path.unwrap_or_default().into())
+}
+
+#[cfg(all(feature = "net", unix))]
+impl Endpoints for tokio::net::UnixStream {
+    fn local_endpoint(&self) -> Option<Endpoint> {
+        self.local_addr().ok().as_ref().map(unix_endpoint)
+    }
+
+    fn peer_endpoint(&self) -> Option<Endpoint> {
+        self.peer_addr().ok().as_ref().map(unix_endpoint)
+    }
+}

@@ -1,0 +1,257 @@
+//! [`RequestLayer`]: which connection serves which request, and so which are active and idle.
+//!
+//! A request **has** a connection from the moment the pool hands it one until its response's body
+//! has ended or was dropped. The layer asks hyper-util for that moment (`capture_connection`),
+//! counts it, and tells the caller's span: an event `connection.acquired`, a link to the
+//! connection's set-up span, the attribute `conntrack.connection.id`.
+//!
+//! On the request path it takes the scope's lock twice, each time for a few additions, reads the
+//! clock once, and allocates for hyper-util's capture only.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::task::{Context, Poll, ready};
+
+use http::{Extensions, Request, Response, Version};
+use http_body::{Body, Frame, SizeHint};
+use hyper_util::client::legacy::connect::{CaptureConnection, capture_connection};
+use pin_project_lite::pin_project;
+use tower_layer::Layer;
+use tower_service::Service;
+
+use crate::event::ProtocolVersion;
+use crate::outbound::name::DialName;
+use crate::record::connection::{ConnectionRecord, RequestGuard};
+
+/// A layer over the client that uses a tracked connector. From
+/// [`Connector::request_layer`](crate::Connector::request_layer) or
+/// [`Dialer::request_layer`](crate::Dialer::request_layer).
+///
+/// A request with a [`DialName`] in its extensions opens connections under that name. (Connections
+/// are pooled by host, so a request may be served by one that another name opened.)
+#[derive(Clone, Debug)]
+pub struct RequestLayer {
+    requests_seen: Arc<AtomicBool>,
+}
+
+impl RequestLayer {
+    pub(crate) const fn new(requests_seen: Arc<AtomicBool>) -> Self {
+        Self { requests_seen }
+    }
+}
+
+impl<S> Layer<S> for RequestLayer {
+    type Service = RequestService<S>;
+
+    fn layer(&self, inner: S) -> RequestService<S> {
+        // From here on requests are seen. Relaxed: connectors read it when they are next called.
+        self.requests_seen.store(true, Relaxed);
+        RequestService { inner }
+    }
+}
+
+/// The client under a [`RequestLayer`].
+#[derive(Clone, Debug)]
+pub struct RequestService<S> {
+    inner: S,
+}
+
+impl<S> RequestService<S> {
+    /// The client inside.
+    pub const fn get_ref(&self) -> &S {
+        &self.inner
+    }
+}
+
+impl<S, B, R> Service<Request<B>> for RequestService<S>
+where
+    S: Service<Request<B>, Response = Response<R>>,
+    R: Body,
+{
+    type Response = Response<RequestBody<R>>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        let capture = capture_connection(&mut request);
+        let name = request.extensions().get::<DialName>().cloned();
+        let caller = Caller::current();
+        let inner = self.inner.call(request);
+        ResponseFuture {
+            inner,
+            capture: Some(capture),
+            caller,
+            name,
+            guard: None,
+        }
+    }
+}
+
+pin_project! {
+    /// The response of a [`RequestService`].
+    ///
+    /// Cancel-safe: dropped, it ends the request on its connection, if it had one.
+    pub struct ResponseFuture<F> {
+        #[pin]
+        inner: F,
+        // Taken once the connection is known.
+        capture: Option<CaptureConnection>,
+        caller: Caller,
+        name: Option<DialName>,
+        guard: Option<RequestGuard>,
+    }
+}
+
+impl<F, R, E> Future for ResponseFuture<F>
+where
+    F: Future<Output = Result<Response<R>, E>>,
+    R: Body,
+{
+    type Output = Result<Response<RequestBody<R>>, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let inner = this.inner;
+        let polled = match this.name {
+            // The connector is called within this poll, and looks for the name there.
+            Some(name) => name.sync_scope(|| inner.poll(cx)),
+            None => inner.poll(cx),
+        };
+        // The pool hands out a connection within a poll, so after each one is when to look; no
+        // waker is needed for it.
+        if let Some(capture) = this.capture {
+            if let Some(guard) = acquired(capture, this.caller) {
+                *this.guard = guard;
+                *this.capture = None;
+            }
+        }
+        let response = ready!(polled)?;
+        if let Some(guard) = &this.guard {
+            if let Some(version) = protocol(response.version()) {
+                guard.connection().set_protocol(version);
+            }
+        }
+        let guard = this.guard.take();
+        Poll::Ready(Ok(response.map(|body| {
+            // A response without content ends with its head; nobody polls such a body.
+            let guard = guard.filter(|_| !body.is_end_stream());
+            RequestBody { body, guard }
+        })))
+    }
+}
+
+impl<F> fmt::Debug for ResponseFuture<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseFuture")
+            .field("has_connection", &self.guard.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The connection that the pool handed out, if it has: none while it hasn't, an inner none for a
+/// connection that is not ours.
+fn acquired(capture: &CaptureConnection, caller: &Caller) -> Option<Option<RequestGuard>> {
+    let metadata = capture.connection_metadata();
+    let connected = metadata.as_ref()?;
+    let mut extras = Extensions::new();
+    connected.get_extras(&mut extras);
+    drop(metadata);
+    let Some(ConnectionRecord(connection)) = extras.remove::<ConnectionRecord>() else {
+        return Some(None);
+    };
+    let found = connection.request_started();
+    caller.acquired(&connection, found);
+    Some(Some(RequestGuard::new(connection)))
+}
+
+const fn protocol(version: Version) -> Option<ProtocolVersion> {
+    match version {
+        Version::HTTP_10 => Some(ProtocolVersion::Http10),
+        Version::HTTP_11 => Some(ProtocolVersion::Http11),
+        Version::HTTP_2 => Some(ProtocolVersion::Http2),
+        Version::HTTP_3 => Some(ProtocolVersion::Http3),
+        _ => None,
+    }
+}
+
+#[cfg(feature = "otel")]
+use crate::telemetry::caller::Caller;
+
+/// Without OpenTelemetry the caller has no span.
+#[cfg(not(feature = "otel"))]
+struct Caller;
+
+#[cfg(not(feature = "otel"))]
+impl Caller {
+    const fn current() -> Self {
+        Self
+    }
+
+    const fn acquired(
+        &self,
+        _: &crate::record::Connection,
+        _: crate::record::connection::Acquired,
+    ) {
+    }
+}
+
+pin_project! {
+    /// A response's body. The request ends on its connection when the body has ended, failed, or
+    /// was dropped.
+    pub struct RequestBody<B> {
+        #[pin]
+        body: B,
+        guard: Option<RequestGuard>,
+    }
+}
+
+impl<B: Body> Body for RequestBody<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        let mut this = self.project();
+        let frame = ready!(this.body.as_mut().poll_frame(cx));
+        // The pool has an HTTP/1 connection back when the body is at its end, which a reader who
+        // knows the length may never ask for.
+        if !matches!(frame, Some(Ok(_))) || this.body.is_end_stream() {
+            *this.guard = None;
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl<B: Default> Default for RequestBody<B> {
+    fn default() -> Self {
+        Self {
+            body: B::default(),
+            guard: None,
+        }
+    }
+}
+
+impl<B: fmt::Debug> fmt::Debug for RequestBody<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RequestBody")
+            .field("body", &self.body)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,139 @@
+//! TLS for the dialer, by rustls: the handshake is a phase of set-up, and its facts go into the
+//! record.
+
+use std::io;
+use std::sync::Arc;
+
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ProtocolVersion, RootCertStore};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use crate::event::{FailureReason, IoLayer, Target, TlsFacts};
+use crate::io::{Endpoints, TrackedIo};
+use crate::outbound::dialer::{DialError, Dialer, settle};
+use crate::outbound::failure::classify;
+use crate::record::connection::PhaseKind;
+use crate::record::recorder::Attempt;
+
+impl Dialer {
+    /// Connects and makes the TLS handshake, with the target's host as server name. Bytes are
+    /// counted on the plaintext layer.
+    ///
+    /// Cancel-safe as [`connect`](Self::connect).
+    ///
+    /// # Errors
+    ///
+    /// As [`connect`](Self::connect); a failed handshake is a failed attempt, with
+    /// `tls_certificate_invalid` or `tls_handshake_failed`, or what the network said.
+    pub async fn connect_tls<T>(
+        &self,
+        target: T,
+    ) -> Result<TrackedIo<TlsStream<TcpStream>>, DialError>
+    where
+        T: TryInto<Target>,
+        T::Error: Into<DialError>,
+    {
+        let target = target.try_into().map_err(Into::into)?;
+        let config = self
+            .tls_config()
+            .cloned()
+            .unwrap_or_else(|| default_config(&[]));
+        let attempt = self.attempt(&target, IoLayer::Plaintext);
+        let steps = async {
+            let tcp = self.dial(&attempt, &target).await?;
+            handshake(&attempt, config, &target, tcp).await
+        };
+        let dialled = self.bounded(&attempt, &target, steps).await;
+        let (attempt, stream) = settle(attempt, dialled)?;
+        let (tcp, _) = stream.get_ref();
+        let (local, peer) = (tcp.local_endpoint(), tcp.peer_endpoint());
+        Ok(TrackedIo::new(
+            stream,
+            attempt.established(local, peer, false),
+        ))
+    }
+}
+
+/// Mozilla's roots, no client certificate, ring.
+pub(crate) fn default_config(alpn: &[&[u8]]) -> Arc<ClientConfig> {
+    let roots = RootCertStore {
+        roots: webpki_roots::TLS_SERVER_ROOTS.to_vec(),
+    };
+    // The provider is named, so that no process-wide default is needed or touched.
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("ring supports the protocol versions that rustls has on by default")
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();
+    Arc::new(config)
+}
+
+pub(crate) async fn handshake(
+    attempt: &Attempt,
+    config: Arc<ClientConfig>,
+    target: &Target,
+    tcp: TcpStream,
+) -> Result<TlsStream<TcpStream>, DialError> {
+    let server_name = target.host.clone();
+    let failed = |reason, source| DialError::Tls {
+        server_name: server_name.clone(),
+        reason,
+        source,
+    };
+    let bare = target.host.trim_start_matches('[').trim_end_matches(']');
+    let name = ServerName::try_from(bare.to_owned()).map_err(|error| {
+        failed(
+            FailureReason::InvalidArgument,
+            io::Error::new(io::ErrorKind::InvalidInput, error),
+        )
+    })?;
+    let phase = attempt.phase(PhaseKind::Tls {
+        server_name: target.host.clone(),
+    });
+    match TlsConnector::from(config).connect(name, tcp).await {
+        Ok(stream) => {
+            let _ = attempt.connection().tls.set(facts(&stream, &target.host));
+            phase.done();
+            Ok(stream)
+        }
+        Err(source) => {
+            let reason = match classify(&source) {
+                FailureReason::Other => FailureReason::TlsHandshake,
+                reason => reason,
+            };
+            phase.failed(reason);
+            Err(failed(reason, source))
+        }
+    }
+}
+
+fn facts(stream: &TlsStream<TcpStream>, server_name: &Arc<str>) -> TlsFacts {
+    let (_, session) = stream.get_ref();
+    TlsFacts {
+        version: session.protocol_version().and_then(version),
+        cipher: session
+            .negotiated_cipher_suite()
+            .and_then(|suite| suite.suite().as_str())
+            .map(Into::into),
+        alpn: session
+            .alpn_protocol()
+            .map(|alpn| String::from_utf8_lossy(alpn).into()),
+        server_name: Some(server_name.clone()),
+        resumed: session
+            .handshake_kind()
+            .map(|kind| kind == rustls::HandshakeKind::Resumed),
+    }
+}
+
+/// `tls.protocol.version`.
+const fn version(version: ProtocolVersion) -> Option<&'static str> {
+    match version {
+        ProtocolVersion::TLSv1_2 => Some("1.2"),
+        ProtocolVersion::TLSv1_3 => Some("1.3"),
+        _ => None,
+    }
+}

@@ -1,0 +1,483 @@
+//! The recorder: the one entry for sources.
+//!
+//! A source asks it for an [`Attempt`] (outbound) or hands it an accepted connection (inbound) and
+//! gets RAII handles back. The recorder keeps the scopes, the history of closed connections and the
+//! [`Sink`]s, which it calls with no lock held and shielded from their panics.
+
+use std::collections::hash_map::RandomState;
+use std::collections::{BTreeMap, VecDeque};
+use std::hash::{BuildHasher, Hasher};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::time::SystemTime;
+
+use crate::event::{
+    AcceptErrorReason, ConnectionEventKind, ConnectionId, ConnectionState, Direction, Endpoint,
+    FailureReason, IoLayer, RejectReason, Target,
+};
+use crate::observer::{Composed, Observer};
+use crate::record::connection::{Connection, ConnectionGuard, Ends, PhaseKind};
+use crate::record::stats::{ConnectionSnapshot, Dropped, Drops, Stats};
+use crate::record::{Scope, lock};
+
+/// How many names may be learned per direction; declared ones are not bounded, they are code.
+const LEARNED_NAMES: usize = 256;
+/// Where names beyond the bound are counted.
+pub(crate) const OTHER: &str = "_other";
+
+/// Where facts go: spans and metrics. Called on the thread that caused the fact, without a lock.
+pub(crate) trait Sink: Send + Sync {
+    /// Set-up ended, well or badly. Nobody but the source can use the connection yet.
+    fn setup_finished(
+        &self,
+        connection: &Connection,
+        phases: &[crate::record::connection::Phase],
+        outcome: Result<(), FailureReason>,
+    );
+
+    /// The connection is closed.
+    fn closed(&self, connection: &Connection);
+}
+
+#[derive(Clone)]
+pub(crate) struct Recorder(Arc<Inner>);
+
+struct Inner {
+    instance: u32,
+    ordinal: u32,
+    next: AtomicU64,
+    scopes: RwLock<BTreeMap<(Direction, Arc<str>), Arc<Scope>>>,
+    observers: Composed,
+    sinks: OnceLock<Vec<Arc<dyn Sink>>>,
+    history: Mutex<VecDeque<Arc<Connection>>>,
+    history_size: usize,
+    drops: Arc<Drops>,
+}
+
+impl Recorder {
+    pub(crate) fn new(observers: Composed, history_size: usize, drops: Arc<Drops>) -> Self {
+        static ORDINAL: AtomicU32 = AtomicU32::new(0);
+        Self(Arc::new(Inner {
+            // The standard library's hash keys are the random source that is there anyway.
+            instance: RandomState::new().build_hasher().finish() as u32,
+            ordinal: ORDINAL.fetch_add(1, Relaxed),
+            next: AtomicU64::new(1),
+            scopes: RwLock::default(),
+            observers,
+            sinks: OnceLock::new(),
+            history: Mutex::default(),
+            history_size,
+            drops,
+        }))
+    }
+
+    /// A recorder that nobody reads: for connections that must work and must not be seen.
+    pub(crate) fn shadow() -> Self {
+        static SHADOW: OnceLock<Recorder> = OnceLock::new();
+        SHADOW
+            .get_or_init(|| Self::new(Composed::default(), 0, Arc::default()))
+            .clone()
+    }
+
+    /// Hangs the sinks on; once, before any source exists.
+    pub(crate) fn set_sinks(&self, sinks: Vec<Arc<dyn Sink>>) {
+        let _ = self.0.sinks.set(sinks);
+    }
+
+    /// 0 for the first `Conntrack` of the process, and so on: the same after each restart.
+    pub(crate) fn ordinal(&self) -> u32 {
+        self.0.ordinal
+    }
+
+    pub(crate) fn drops(&self) -> &Arc<Drops> {
+        &self.0.drops
+    }
+
+    // === scopes ===
+
+    /// The scope of a name in the code.
+    pub(crate) fn declared(&self, direction: Direction, name: &str) -> Arc<Scope> {
+        let scope = self
+            .find(direction, name)
+            .unwrap_or_else(|| self.insert(direction, name));
+        scope.declare();
+        scope
+    }
+
+    /// The scope of a name that came with a call; `_other` beyond the bound.
+    pub(crate) fn learned(&self, direction: Direction, name: &str) -> Arc<Scope> {
+        if let Some(scope) = self.find(direction, name) {
+            return scope;
+        }
+        let learned = {
+            let scopes = self.0.scopes.read().unwrap_or_else(PoisonError::into_inner);
+            scopes
+                .values()
+                .filter(|s| s.direction == direction && !s.is_declared())
+                .count()
+        };
+        if learned >= LEARNED_NAMES {
+            self.0.drops.names(1);
+            return self.insert(direction, OTHER);
+        }
+        self.insert(direction, name)
+    }
+
+    fn find(&self, direction: Direction, name: &str) -> Option<Arc<Scope>> {
+        let scopes = self.0.scopes.read().unwrap_or_else(PoisonError::into_inner);
+        // A key needs an `Arc<str>`; a scan over a handful of names needs none.
+        scopes
+            .values()
+            .find(|s| s.direction == direction && *s.name == *name)
+            .cloned()
+    }
+
+    fn insert(&self, direction: Direction, name: &str) -> Arc<Scope> {
+        let name: Arc<str> = name.into();
+        let mut scopes = self
+            .0
+            .scopes
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        scopes
+            .entry((direction, name.clone()))
+            .or_insert_with(|| {
+                let (observers, drops) = (self.0.observers.clone(), self.0.drops.clone());
+                Arc::new(Scope::new(direction, name, observers, drops))
+            })
+            .clone()
+    }
+
+    pub(crate) fn scopes(&self) -> Vec<Arc<Scope>> {
+        let scopes = self.0.scopes.read().unwrap_or_else(PoisonError::into_inner);
+        scopes.values().cloned().collect()
+    }
+
+    // === sources ===
+
+    fn next_id(&self) -> ConnectionId {
+        ConnectionId {
+            instance: self.0.instance,
+            number: self.0.next.fetch_add(1, Relaxed),
+        }
+    }
+
+    /// An outbound attempt begins. It ends with the handle, as cancelled if nothing else was said.
+    pub(crate) fn attempt(&self, scope: &Arc<Scope>, target: Target, layer: IoLayer) -> Attempt {
+        let slot = scope.host_slot(&target, layer);
+        let connection = Arc::new(Connection::new(
+            self.next_id(),
+            scope.clone(),
+            Some(target),
+            slot,
+        ));
+        scope.register(&connection);
+        scope.transition(|t| {
+            let counts = t.counts();
+            counts.attempts += 1;
+            counts.connecting += 1;
+            t.emit(
+                Some(connection.id),
+                || connection.started_wall,
+                || ConnectionEventKind::AttemptStarted {
+                    // The attempt was made with a target, just above.
+                    target: connection
+                        .target
+                        .clone()
+                        .unwrap_or_else(|| Target::new("", 0)),
+                },
+            );
+        });
+        Attempt {
+            recorder: self.clone(),
+            connection,
+            ended: false,
+        }
+    }
+
+    /// A listener accepted a connection.
+    pub(crate) fn accepted(
+        &self,
+        scope: &Arc<Scope>,
+        local: Option<Endpoint>,
+        peer: Option<Endpoint>,
+    ) -> ConnectionGuard {
+        let connection = Arc::new(Connection::new(self.next_id(), scope.clone(), None, 0));
+        let usable_at = connection.elapsed();
+        let _ = connection.ends.set(Ends {
+            local,
+            peer,
+            usable_at,
+        });
+        scope.register(&connection);
+        self.to_sinks(|sink| sink.setup_finished(&connection, &[], Ok(())));
+        connection.opened(ConnectionState::Open, None);
+        ConnectionGuard::new(self.clone(), connection)
+    }
+
+    pub(crate) fn accept_error(&self, scope: &Scope, reason: AcceptErrorReason) {
+        scope.transition(|t| {
+            t.counts().accept_errors[reason.index()] += 1;
+            t.emit(None, SystemTime::now, || ConnectionEventKind::AcceptError {
+                reason,
+            });
+        });
+    }
+
+    pub(crate) fn rejected(&self, scope: &Scope, reason: RejectReason, peer: Option<Endpoint>) {
+        scope.transition(|t| {
+            t.counts().rejected[reason.index()] += 1;
+            t.emit(None, SystemTime::now, || ConnectionEventKind::Rejected {
+                reason,
+                peer,
+            });
+        });
+    }
+
+    /// Called by the guard after the transition to closed.
+    pub(crate) fn closed(&self, connection: &Arc<Connection>) {
+        connection.scope.unregister(connection);
+        self.to_sinks(|sink| sink.closed(connection));
+        self.remember(connection);
+    }
+
+    fn remember(&self, connection: &Arc<Connection>) {
+        if self.0.history_size == 0 {
+            return;
+        }
+        let mut history = lock(&self.0.history);
+        let oldest = if history.len() >= self.0.history_size {
+            history.pop_front()
+        } else {
+            None
+        };
+        history.push_back(connection.clone());
+        drop(history);
+        drop(oldest);
+    }
+
+    /// Whether the phases of set-up have anybody to go to.
+    fn wants_phases(&self, scope: &Scope) -> bool {
+        scope.observed() || self.0.sinks.get().is_some_and(|sinks| !sinks.is_empty())
+    }
+
+    fn to_sinks(&self, call: impl Fn(&dyn Sink)) {
+        for sink in self.0.sinks.get().into_iter().flatten() {
+            self.shielded(|| call(&**sink));
+        }
+    }
+
+    /// Calls into a provider; one that panics must not take the service with it.
+    pub(crate) fn shielded(&self, call: impl FnOnce()) {
+        if catch_unwind(AssertUnwindSafe(call)).is_err() {
+            self.0.drops.sink_panics(1);
+        }
+    }
+
+    // === snapshots ===
+
+    pub(crate) fn stats(&self) -> Stats {
+        Stats {
+            scopes: self.scopes().iter().map(|scope| scope.stats()).collect(),
+            dropped: self.dropped(),
+        }
+    }
+
+    pub(crate) fn dropped(&self) -> Dropped {
+        self.0
+            .drops
+            .snapshot(self.0.observers.lost(), self.0.observers.panics())
+    }
+
+    pub(crate) fn live(&self) -> Vec<Arc<Connection>> {
+        self.scopes()
+            .iter()
+            .flat_map(|scope| scope.live())
+            .collect()
+    }
+
+    pub(crate) fn history(&self) -> Vec<ConnectionSnapshot> {
+        let closed: Vec<_> = lock(&self.0.history).iter().cloned().collect();
+        closed
+            .iter()
+            .map(|connection| connection.snapshot())
+            .collect()
+    }
+}
+
+impl std::fmt::Debug for Recorder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Recorder")
+            .field("instance", &self.0.instance)
+            .finish_non_exhaustive()
+    }
+}
+
+/// An outbound attempt under way. Dropped without a word, it was cancelled.
+pub(crate) struct Attempt {
+    recorder: Recorder,
+    connection: Arc<Connection>,
+    ended: bool,
+}
+
+impl Attempt {
+    pub(crate) const fn connection(&self) -> &Arc<Connection> {
+        &self.connection
+    }
+
+    /// Begins a step of set-up; the step ends with the handle.
+    pub(crate) fn phase(&self, kind: PhaseKind) -> PhaseGuard {
+        let scope = &self.connection.scope;
+        let index = if self.recorder.wants_phases(scope) {
+            if scope.observed() {
+                self.tell(match &kind {
+                    PhaseKind::Dns { host, .. } => {
+                        ConnectionEventKind::DnsStart { host: host.clone() }
+                    }
+                    PhaseKind::Connect { address } => {
+                        ConnectionEventKind::ConnectStart { address: *address }
+                    }
+                    PhaseKind::Tls { server_name } => ConnectionEventKind::TlsHandshakeStart {
+                        server_name: server_name.clone(),
+                    },
+                });
+            }
+            self.connection.phase_start(kind)
+        } else {
+            None
+        };
+        PhaseGuard {
+            connection: self.connection.clone(),
+            index,
+        }
+    }
+
+    fn tell(&self, kind: ConnectionEventKind) {
+        let connection = &self.connection;
+        connection.scope.transition(|t| {
+            t.emit(Some(connection.id), || connection.now_wall(), || kind);
+        });
+    }
+
+    /// The connection is usable. `requests_seen` says that its requests will be shown to us, so it
+    /// starts idle instead of merely open.
+    pub(crate) fn established(
+        mut self,
+        local: Option<Endpoint>,
+        peer: Option<Endpoint>,
+        requests_seen: bool,
+    ) -> ConnectionGuard {
+        self.ended = true;
+        let usable_at = self.connection.elapsed();
+        let _ = self.connection.ends.set(Ends {
+            local,
+            peer,
+            usable_at,
+        });
+        let phases = self.connection.take_phases();
+        // Before anybody can use the connection, so that every request finds its set-up span.
+        self.recorder
+            .to_sinks(|sink| sink.setup_finished(&self.connection, &phases, Ok(())));
+        let state = if requests_seen {
+            ConnectionState::Idle
+        } else {
+            ConnectionState::Open
+        };
+        self.connection.opened(state, Some(usable_at));
+        ConnectionGuard::new(self.recorder.clone(), self.connection.clone())
+    }
+
+    pub(crate) fn failed(mut self, reason: FailureReason) {
+        self.end(reason);
+    }
+
+    /// The steps that are still under way end because a timer of ours ran out.
+    pub(crate) fn expire(&self) {
+        self.connection.expire();
+    }
+
+    fn end(&mut self, reason: FailureReason) {
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        let connection = &self.connection;
+        let elapsed = connection.elapsed();
+        let _ = connection.failed.set((reason, elapsed));
+        let phases = connection.take_phases();
+        self.recorder
+            .to_sinks(|sink| sink.setup_finished(connection, &phases, Err(reason)));
+        connection.setup_failed(reason, elapsed);
+        connection.scope.unregister(connection);
+        self.recorder.remember(connection);
+    }
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        self.end(FailureReason::Cancelled);
+    }
+}
+
+/// A step of set-up under way. Dropped without a word, it was cancelled.
+pub(crate) struct PhaseGuard {
+    connection: Arc<Connection>,
+    index: Option<usize>,
+}
+
+impl PhaseGuard {
+    pub(crate) fn done(self) {
+        self.resolved(Vec::new());
+    }
+
+    /// A look-up ended with these addresses.
+    pub(crate) fn resolved(mut self, addresses: Vec<std::net::IpAddr>) {
+        self.end(None, addresses);
+    }
+
+    pub(crate) fn failed(mut self, reason: FailureReason) {
+        self.end(Some(reason), Vec::new());
+    }
+
+    fn end(&mut self, error: Option<FailureReason>, addresses: Vec<std::net::IpAddr>) {
+        let Some(index) = self.index.take() else {
+            return;
+        };
+        let connection = &self.connection;
+        let Some(phase) = connection.phase_end(index, error, addresses) else {
+            return;
+        };
+        if !connection.scope.observed() {
+            return;
+        }
+        let elapsed = phase.to.unwrap_or(phase.from).saturating_sub(phase.from);
+        let kind = match phase.kind {
+            PhaseKind::Dns { host, addresses } => ConnectionEventKind::DnsDone {
+                host,
+                addresses,
+                elapsed,
+                error,
+            },
+            PhaseKind::Connect { address } => ConnectionEventKind::ConnectDone {
+                address,
+                elapsed,
+                error,
+            },
+            PhaseKind::Tls { server_name } => ConnectionEventKind::TlsHandshakeDone {
+                server_name,
+                tls: connection.tls.get().cloned(),
+                elapsed,
+                error,
+            },
+        };
+        connection.scope.transition(|t| {
+            t.emit(Some(connection.id), || connection.now_wall(), || kind);
+        });
+    }
+}
+
+impl Drop for PhaseGuard {
+    fn drop(&mut self) {
+        self.end(Some(self.connection.given_up()), Vec::new());
+    }
+}

@@ -1,0 +1,384 @@
+//! A scope: all that happens under one direction and name, counted in one place.
+//!
+//! A listener, a dialer or a connector has a scope. The scope holds the counts, the hosts that were
+//! learned under it, the events that wait to be told, and the registry of its connections.
+//!
+//! A **transition** is the only way to change a count. It runs under the scope's lock, takes the
+//! sequence number and appends its event. After unlock the events are **drained**: one thread at a
+//! time delivers them, in order; a thread that finds a drainer at work leaves its events to it. So
+//! an observer may cause further transitions, in the same scope too, without deadlock or
+//! recursion.
+
+use std::collections::{HashMap, VecDeque};
+use std::mem;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
+
+use crate::event::{
+    AcceptErrorReason, CloseReason, ConnectionEvent, ConnectionEventKind, ConnectionId,
+    ConnectionState, Direction, FailureReason, IoLayer, ProtocolVersion, RejectReason, Target,
+};
+use crate::observer::{Composed, Observer};
+use crate::record::stats::{Drops, HostStats, ScopeStats};
+use crate::record::{Connection, lock};
+
+/// How many hosts get a label set of their own per name; the rest is summed in `_other`.
+pub(crate) const HOSTS_PER_NAME: usize = 200;
+/// How many events may wait for a slow observer per scope before they are dropped and counted.
+const PENDING: usize = 65_536;
+/// A larger event buffer than this is given back after the storm that made it.
+const KEPT: usize = 1_024;
+/// The registry is split so that a collection never holds up an accept for long.
+const SHARDS: usize = 16;
+
+const DECLARED: u8 = 1;
+const NO_SPANS: u8 = 2;
+const NO_METRICS: u8 = 4;
+
+/// Where a host's counts stand in its scope. Slot 0 is `_other`, or "no host" for a listener.
+pub(crate) type HostSlot = u32;
+
+pub(crate) struct Scope {
+    pub(crate) direction: Direction,
+    pub(crate) name: Arc<str>,
+    switches: AtomicU8,
+    state: Mutex<State>,
+    shards: Box<[Mutex<Shard>]>,
+    observers: Composed,
+    drops: Arc<Drops>,
+}
+
+/// Counts and gauges of a scope; changed only in a transition.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Counts {
+    pub(crate) attempts: u64,
+    pub(crate) established: u64,
+    pub(crate) failed: [u64; FailureReason::COUNT],
+    pub(crate) accepted: u64,
+    pub(crate) accept_errors: [u64; AcceptErrorReason::COUNT],
+    pub(crate) rejected: [u64; RejectReason::COUNT],
+    pub(crate) closed: [u64; CloseReason::COUNT],
+    pub(crate) requests: u64,
+    pub(crate) connecting: u64,
+    pub(crate) open: u64,
+    pub(crate) active: u64,
+    pub(crate) idle: u64,
+}
+
+/// Gauges of one host in a scope, by protocol version: `[active, idle]`.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct HostCounts {
+    pub(crate) open: u64,
+    pub(crate) states: [[u64; 2]; ProtocolVersion::SLOTS],
+}
+
+struct State {
+    sequence: u64,
+    counts: Counts,
+    hosts: Vec<(Option<Target>, IoLayer, HostCounts)>,
+    index: HashMap<(Target, IoLayer), HostSlot>,
+    folded: bool,
+    pending: VecDeque<ConnectionEvent>,
+    draining: bool,
+}
+
+#[derive(Default)]
+struct Shard {
+    live: HashMap<u64, Arc<Connection>>,
+    /// What closed connections read and wrote, by host slot.
+    closed_bytes: Vec<[u64; 2]>,
+}
+
+impl Scope {
+    pub(crate) fn new(
+        direction: Direction,
+        name: Arc<str>,
+        observers: Composed,
+        drops: Arc<Drops>,
+    ) -> Self {
+        Self {
+            direction,
+            name,
+            switches: AtomicU8::new(0),
+            state: Mutex::new(State {
+                sequence: 0,
+                counts: Counts::default(),
+                hosts: vec![(None, IoLayer::Wire, HostCounts::default())],
+                index: HashMap::new(),
+                folded: false,
+                pending: VecDeque::new(),
+                draining: false,
+            }),
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            observers,
+            drops,
+        }
+    }
+
+    // === switches: relaxed, they guard no other data ===
+
+    /// The name stands in the code, so its zeros are reported from the start.
+    pub(crate) fn declare(&self) {
+        self.switches.fetch_or(DECLARED, Ordering::Relaxed);
+    }
+
+    pub(crate) fn set_spans(&self, on: bool) {
+        self.switch(NO_SPANS, !on);
+    }
+
+    pub(crate) fn set_metrics(&self, on: bool) {
+        self.switch(NO_METRICS, !on);
+    }
+
+    pub(crate) fn is_declared(&self) -> bool {
+        self.switches.load(Ordering::Relaxed) & DECLARED != 0
+    }
+
+    pub(crate) fn spans(&self) -> bool {
+        self.switches.load(Ordering::Relaxed) & NO_SPANS == 0
+    }
+
+    pub(crate) fn metrics(&self) -> bool {
+        self.switches.load(Ordering::Relaxed) & NO_METRICS == 0
+    }
+
+    fn switch(&self, bit: u8, on: bool) {
+        if on {
+            self.switches.fetch_or(bit, Ordering::Relaxed);
+        } else {
+            self.switches.fetch_and(!bit, Ordering::Relaxed);
+        }
+    }
+
+    // === transitions ===
+
+    /// Whether anybody listens to events; else none are built.
+    pub(crate) fn observed(&self) -> bool {
+        !self.observers.is_empty()
+    }
+
+    /// Runs `change` under the lock, then tells the observers what it emitted.
+    pub(crate) fn transition<R>(&self, change: impl FnOnce(&mut Transition<'_>) -> R) -> R {
+        let (result, pending) = {
+            let mut state = lock(&self.state);
+            let result = change(&mut Transition {
+                state: &mut state,
+                scope: self,
+            });
+            (result, !state.pending.is_empty())
+        };
+        if pending {
+            self.drain();
+        }
+        result
+    }
+
+    /// Delivers what waits, unless another thread is at it already.
+    fn drain(&self) {
+        let mut batch = VecDeque::new();
+        let mut drainer = false;
+        loop {
+            {
+                let mut state = lock(&self.state);
+                if !drainer {
+                    if state.draining {
+                        // That thread looks again before it stops, so our events are delivered.
+                        return;
+                    }
+                    state.draining = true;
+                    drainer = true;
+                }
+                if state.pending.is_empty() {
+                    state.draining = false;
+                    return;
+                }
+                mem::swap(&mut state.pending, &mut batch);
+            }
+            // `Composed` catches panics, so `draining` can't stay set because of one.
+            for event in batch.drain(..) {
+                self.observers.on_connection_event(&event);
+            }
+            if batch.capacity() > KEPT {
+                batch = VecDeque::new();
+            }
+        }
+    }
+
+    /// Runs `read` while no transition can happen, for a consistent look at one connection.
+    pub(crate) fn still<R>(&self, read: impl FnOnce() -> R) -> R {
+        let _state = lock(&self.state);
+        read()
+    }
+
+    /// The slot of a host, learned on first sight. Beyond [`HOSTS_PER_NAME`] it is `_other`.
+    pub(crate) fn host_slot(&self, target: &Target, layer: IoLayer) -> HostSlot {
+        let key = (target.clone(), layer);
+        let mut state = lock(&self.state);
+        if let Some(slot) = state.index.get(&key) {
+            return *slot;
+        }
+        if state.hosts.len() > HOSTS_PER_NAME {
+            state.folded = true;
+            drop(state);
+            self.drops.label_sets(1);
+            return 0;
+        }
+        let slot = state.hosts.len() as HostSlot;
+        state
+            .hosts
+            .push((Some(key.0.clone()), layer, HostCounts::default()));
+        state.index.insert(key, slot);
+        slot
+    }
+
+    // === registry ===
+
+    pub(crate) fn register(&self, connection: &Arc<Connection>) {
+        let number = connection.id.number;
+        lock(self.shard(number))
+            .live
+            .insert(number, connection.clone());
+    }
+
+    /// Takes a connection out, and its bytes into the totals of its host, in one step: a
+    /// collection sees them in exactly one of the two places.
+    pub(crate) fn unregister(&self, connection: &Connection) {
+        let mut shard = lock(self.shard(connection.id.number));
+        let removed = shard.live.remove(&connection.id.number);
+        if removed.is_some() {
+            let slot = connection.host_slot as usize;
+            if shard.closed_bytes.len() <= slot {
+                shard.closed_bytes.resize(slot + 1, [0; 2]);
+            }
+            let bytes = connection.bytes();
+            shard.closed_bytes[slot][0] += bytes.0;
+            shard.closed_bytes[slot][1] += bytes.1;
+        }
+        drop(shard);
+        // The last reference may be `removed`: it is freed here, after unlock.
+        drop(removed);
+    }
+
+    fn shard(&self, number: u64) -> &Mutex<Shard> {
+        &self.shards[number as usize % SHARDS]
+    }
+
+    /// Every connection of this scope that is not closed, by id.
+    pub(crate) fn live(&self) -> Vec<Arc<Connection>> {
+        let mut live = Vec::new();
+        for shard in &self.shards {
+            live.extend(lock(shard).live.values().cloned());
+        }
+        live.sort_unstable_by_key(|connection| connection.id);
+        live
+    }
+
+    /// A consistent copy of the counts, and the byte totals by host slot.
+    pub(crate) fn stats(&self) -> ScopeStats {
+        let mut stats = {
+            let state = lock(&self.state);
+            ScopeStats::new(
+                self,
+                state.sequence,
+                &state.counts,
+                state
+                    .hosts
+                    .iter()
+                    .enumerate()
+                    .map(|(slot, (target, layer, counts))| {
+                        let folded = slot == 0 && state.folded;
+                        HostStats::new(target.clone(), *layer, folded, counts.clone())
+                    }),
+            )
+        };
+        for shard in &self.shards {
+            let shard = lock(shard);
+            for (slot, bytes) in shard.closed_bytes.iter().enumerate() {
+                stats.add_bytes(slot, bytes[0], bytes[1]);
+            }
+            for connection in shard.live.values() {
+                let (read, written) = connection.bytes();
+                stats.add_bytes(connection.host_slot as usize, read, written);
+            }
+        }
+        stats
+    }
+}
+
+impl std::fmt::Debug for Scope {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Scope")
+            .field("direction", &self.direction)
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A change of counts in progress: the scope's lock is held, so no foreign code may run.
+pub(crate) struct Transition<'a> {
+    state: &'a mut State,
+    scope: &'a Scope,
+}
+
+impl Transition<'_> {
+    pub(crate) fn counts(&mut self) -> &mut Counts {
+        &mut self.state.counts
+    }
+
+    pub(crate) fn host(&mut self, slot: HostSlot) -> &mut HostCounts {
+        // Slots come from `host_slot` of the same scope, and hosts are never removed.
+        &mut self.state.hosts[slot as usize].2
+    }
+
+    /// Moves one connection of a host between the gauges that are split by state.
+    pub(crate) fn shift(
+        &mut self,
+        slot: HostSlot,
+        version: usize,
+        from: ConnectionState,
+        to: ConnectionState,
+    ) {
+        for (state, step) in [(from, -1_i64), (to, 1)] {
+            let index = match state {
+                ConnectionState::Active => 0,
+                ConnectionState::Idle => 1,
+                _ => continue,
+            };
+            let total = if index == 0 {
+                &mut self.state.counts.active
+            } else {
+                &mut self.state.counts.idle
+            };
+            *total = total.saturating_add_signed(step);
+            let gauge = &mut self.state.hosts[slot as usize].2.states[version][index];
+            *gauge = gauge.saturating_add_signed(step);
+        }
+    }
+
+    /// Takes the sequence number for what was just counted, and keeps its event if anybody
+    /// listens. The closures run only then; they may read clocks and allocate, nothing else.
+    pub(crate) fn emit(
+        &mut self,
+        connection: Option<ConnectionId>,
+        time: impl FnOnce() -> SystemTime,
+        kind: impl FnOnce() -> ConnectionEventKind,
+    ) {
+        self.state.sequence += 1;
+        if !self.scope.observed() {
+            return;
+        }
+        if self.state.pending.len() >= PENDING {
+            self.scope.drops.events(1);
+            return;
+        }
+        self.state.pending.push_back(ConnectionEvent {
+            time: time(),
+            sequence: self.state.sequence,
+            direction: self.scope.direction,
+            name: self.scope.name.clone(),
+            connection,
+            kind: kind(),
+        });
+    }
+}

@@ -1,0 +1,347 @@
+//! Snapshots: what the record says at one moment, as plain data.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use crate::event::{
+    AcceptErrorReason, CloseReason, ConnectionId, ConnectionState, Direction, Endpoint,
+    FailureReason, Initiator, IoLayer, ProtocolVersion, RejectReason, Target, TlsFacts, TraceRef,
+};
+use crate::record::Scope;
+use crate::record::scope::{Counts, HostCounts};
+use crate::record::timeline::TimelineEntry;
+
+/// What this crate counts of itself: everything bounded that overflowed.
+///
+/// Each field only grows. They are `conntrack.dropped` among the metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct Dropped {
+    /// Spans that were ended and never reached the collector. Exact in `init()` mode; in library
+    /// mode the application's own span processor has the number.
+    pub spans: u64,
+    /// Metric exports that failed, each with all points of one collection. Cumulative values come
+    /// again with the next one.
+    pub metric_exports: u64,
+    /// Events that no observer saw, because one was too slow for too long.
+    pub events: u64,
+    /// Attempts to a host that has no label set of its own and is counted in `_other`.
+    pub label_sets: u64,
+    /// Events that a [`channel`](crate::channel) had no room for.
+    pub channel_items: u64,
+    /// Panics of observers that were caught.
+    pub observer_panics: u64,
+    /// Panics of a telemetry provider that were caught; each cost the spans or points of one
+    /// connection.
+    pub sink_panics: u64,
+    /// Names that were too many and are counted under `_other`.
+    pub names: u64,
+}
+
+/// The atomics behind [`Dropped`]. Relaxed: plain counters that guard nothing.
+#[derive(Debug, Default)]
+pub(crate) struct Drops {
+    pub(crate) spans: Arc<AtomicU64>,
+    pub(crate) metric_exports: Arc<AtomicU64>,
+    events: AtomicU64,
+    label_sets: AtomicU64,
+    sink_panics: AtomicU64,
+    names: AtomicU64,
+}
+
+impl Drops {
+    pub(crate) fn events(&self, n: u64) {
+        self.events.fetch_add(n, Ordering::Relaxed);
+    }
+
+    pub(crate) fn label_sets(&self, n: u64) {
+        self.label_sets.fetch_add(n, Ordering::Relaxed);
+    }
+
+    pub(crate) fn sink_panics(&self, n: u64) {
+        self.sink_panics.fetch_add(n, Ordering::Relaxed);
+    }
+
+    pub(crate) fn names(&self, n: u64) {
+        self.names.fetch_add(n, Ordering::Relaxed);
+    }
+
+    pub(crate) fn snapshot(&self, channel_items: u64, observer_panics: u64) -> Dropped {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Dropped {
+            spans: load(&self.spans),
+            metric_exports: load(&self.metric_exports),
+            events: load(&self.events),
+            label_sets: load(&self.label_sets),
+            channel_items,
+            observer_panics,
+            sink_panics: load(&self.sink_panics),
+            names: load(&self.names),
+        }
+    }
+}
+
+/// Everything that is counted, at one moment: [`Conntrack::stats`](crate::Conntrack::stats).
+///
+/// Each scope in it is consistent in itself and names the sequence number that it is valid for:
+/// the scope's events up to that number sum to exactly these counts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct Stats {
+    /// By direction, then by name.
+    pub scopes: Vec<ScopeStats>,
+    /// What overflowed.
+    pub dropped: Dropped,
+}
+
+impl Stats {
+    /// The scope of a listener.
+    pub fn listener(&self, name: &str) -> Option<&ScopeStats> {
+        self.scope(Direction::Inbound, name)
+    }
+
+    /// The scope of a dialer or connector.
+    pub fn dialer(&self, name: &str) -> Option<&ScopeStats> {
+        self.scope(Direction::Outbound, name)
+    }
+
+    /// The connections open now, over all scopes.
+    pub fn open(&self) -> u64 {
+        self.scopes.iter().map(|scope| scope.open).sum()
+    }
+
+    fn scope(&self, direction: Direction, name: &str) -> Option<&ScopeStats> {
+        self.scopes
+            .iter()
+            .find(|scope| scope.direction == direction && *scope.name == *name)
+    }
+}
+
+/// The counts of one listener, dialer or connector.
+///
+/// Always true, also in the middle of a storm:
+///
+/// - `attempts == established + failed_total() + connecting`
+/// - `open == established + accepted - closed_total()`
+/// - `active + idle <= open`; the rest is open and nobody shows us its requests
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct ScopeStats {
+    /// Inbound or outbound.
+    pub direction: Direction,
+    /// The name.
+    pub name: Arc<str>,
+    /// Whether the name stands in the code (a builder was made for it), or was learned.
+    pub declared: bool,
+    /// The last event's sequence number that is counted in here.
+    pub sequence: u64,
+    /// Outbound attempts begun.
+    pub attempts: u64,
+    /// Outbound attempts that succeeded.
+    pub established: u64,
+    /// Outbound attempts that failed, by reason; zeros included.
+    pub failed: Vec<(FailureReason, u64)>,
+    /// Inbound connections accepted, rejected ones not among them.
+    pub accepted: u64,
+    /// Failed accepts, by reason; zeros included.
+    pub accept_errors: Vec<(AcceptErrorReason, u64)>,
+    /// Inbound connections turned away, by reason; zeros included.
+    pub rejected: Vec<(RejectReason, u64)>,
+    /// Connections closed, by reason; zeros included.
+    pub closed: Vec<(CloseReason, u64)>,
+    /// Requests seen on this scope's connections.
+    pub requests: u64,
+    /// Outbound attempts under way.
+    pub connecting: u64,
+    /// Connections open.
+    pub open: u64,
+    /// Of these, running at least one request that we see.
+    pub active: u64,
+    /// Of these, with visible requests and none running.
+    pub idle: u64,
+    /// Bytes read by all connections so far. Not part of what the sequence number vouches for.
+    pub bytes_read: u64,
+    /// Bytes written by all connections so far, likewise.
+    pub bytes_written: u64,
+    /// By host, those that were learned; the first entry holds what has no host or none of its
+    /// own.
+    pub hosts: Vec<HostStats>,
+    #[cfg_attr(feature = "serde", serde(skip))]
+    pub(crate) metrics: bool,
+}
+
+/// The gauges of one host under a name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct HostStats {
+    /// The host; none for inbound connections and for `_other`.
+    pub target: Option<Target>,
+    /// The layer on which the bytes are counted.
+    pub layer: IoLayer,
+    /// This is `_other`, the sum over hosts beyond the bound.
+    pub folded: bool,
+    /// Connections open.
+    pub open: u64,
+    /// Of these, by protocol version: version, active, idle. Only those with a connection.
+    pub by_version: Vec<(Option<ProtocolVersion>, u64, u64)>,
+    /// Bytes read so far.
+    pub bytes_read: u64,
+    /// Bytes written so far.
+    pub bytes_written: u64,
+}
+
+impl ScopeStats {
+    pub(crate) fn new(
+        scope: &Scope,
+        sequence: u64,
+        counts: &Counts,
+        hosts: impl Iterator<Item = HostStats>,
+    ) -> Self {
+        fn by<R: Copy>(all: &[R], counts: &[u64]) -> Vec<(R, u64)> {
+            all.iter().copied().zip(counts.iter().copied()).collect()
+        }
+        Self {
+            direction: scope.direction,
+            name: scope.name.clone(),
+            declared: scope.is_declared(),
+            sequence,
+            attempts: counts.attempts,
+            established: counts.established,
+            failed: by(FailureReason::ALL, &counts.failed),
+            accepted: counts.accepted,
+            accept_errors: by(AcceptErrorReason::ALL, &counts.accept_errors),
+            rejected: by(RejectReason::ALL, &counts.rejected),
+            closed: by(CloseReason::ALL, &counts.closed),
+            requests: counts.requests,
+            connecting: counts.connecting,
+            open: counts.open,
+            active: counts.active,
+            idle: counts.idle,
+            bytes_read: 0,
+            bytes_written: 0,
+            hosts: hosts.collect(),
+            metrics: scope.metrics(),
+        }
+    }
+
+    pub(crate) fn add_bytes(&mut self, slot: usize, read: u64, written: u64) {
+        self.bytes_read += read;
+        self.bytes_written += written;
+        // A host learned between the two halves of the snapshot is in the next one.
+        if let Some(host) = self.hosts.get_mut(slot) {
+            host.bytes_read += read;
+            host.bytes_written += written;
+        }
+    }
+
+    /// Failed attempts with this reason.
+    pub fn failed(&self, reason: FailureReason) -> u64 {
+        self.failed[reason.index()].1
+    }
+
+    /// Failed attempts.
+    pub fn failed_total(&self) -> u64 {
+        self.failed.iter().map(|(_, n)| n).sum()
+    }
+
+    /// Connections closed with this reason.
+    pub fn closed(&self, reason: CloseReason) -> u64 {
+        self.closed[reason.index()].1
+    }
+
+    /// Connections closed.
+    pub fn closed_total(&self) -> u64 {
+        self.closed.iter().map(|(_, n)| n).sum()
+    }
+
+    /// Failed accepts with this reason.
+    pub fn accept_errors(&self, reason: AcceptErrorReason) -> u64 {
+        self.accept_errors[reason.index()].1
+    }
+
+    /// Connections turned away with this reason.
+    pub fn rejected(&self, reason: RejectReason) -> u64 {
+        self.rejected[reason.index()].1
+    }
+}
+
+impl HostStats {
+    pub(crate) fn new(
+        target: Option<Target>,
+        layer: IoLayer,
+        folded: bool,
+        counts: HostCounts,
+    ) -> Self {
+        Self {
+            target,
+            layer,
+            folded,
+            open: counts.open,
+            by_version: counts
+                .states
+                .iter()
+                .enumerate()
+                .filter(|(_, states)| **states != [0, 0])
+                .map(|(slot, states)| (ProtocolVersion::from_slot(slot), states[0], states[1]))
+                .collect(),
+            bytes_read: 0,
+            bytes_written: 0,
+        }
+    }
+}
+
+/// One connection at one moment: [`Conntrack::connections`](crate::Conntrack::connections).
+#[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct ConnectionSnapshot {
+    /// Its identity, as on its spans.
+    pub id: ConnectionId,
+    /// Inbound or outbound.
+    pub direction: Direction,
+    /// The listener's, dialer's or connector's name.
+    pub name: Arc<str>,
+    /// What was asked for; none for inbound connections.
+    pub target: Option<Target>,
+    /// Our end, where it can be told.
+    pub local: Option<Endpoint>,
+    /// Their end, where it can be told.
+    pub peer: Option<Endpoint>,
+    /// What it is doing.
+    pub state: ConnectionState,
+    /// The protocol version, once it is known.
+    pub protocol: Option<ProtocolVersion>,
+    /// What TLS settled, where we saw it.
+    pub tls: Option<TlsFacts>,
+    /// When the attempt began, or it was accepted.
+    pub started: SystemTime,
+    /// How long set-up took; none while it lasts.
+    pub setup: Option<Duration>,
+    /// From when it was usable, to now or to its close; none if it never was.
+    pub age: Option<Duration>,
+    /// How long it has been idle; none if it isn't.
+    pub idle_for: Option<Duration>,
+    /// The requests that we saw on it, those running included.
+    pub requests: u64,
+    /// The requests running on it now.
+    pub in_flight: u32,
+    /// Bytes read.
+    pub bytes_read: u64,
+    /// Bytes written.
+    pub bytes_written: u64,
+    /// Its set-up span, once that was written.
+    pub trace: Option<TraceRef>,
+    /// Its first and last moments; kept while its spans are sampled.
+    pub timeline: Vec<TimelineEntry>,
+    /// How many moments between them were not kept.
+    pub timeline_dropped: u64,
+    /// Why and by whom it was closed, once it is.
+    pub closed: Option<(CloseReason, Initiator)>,
+    /// Why its set-up failed, if it did.
+    pub failed: Option<FailureReason>,
+}

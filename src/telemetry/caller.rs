@@ -1,0 +1,63 @@
+//! The caller's span: what a request's own trace learns about its connection.
+
+use opentelemetry::trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, TraceId, TraceState};
+use opentelemetry::{Context, KeyValue};
+
+use crate::event::TraceRef;
+use crate::record::Connection;
+use crate::record::connection::Acquired;
+use crate::telemetry::names;
+
+/// The span that was current when a request was made, if it records.
+///
+/// The context is OpenTelemetry's own, which tracing-opentelemetry makes current when a `tracing`
+/// span is entered. A span that is not sampled costs a look at a thread-local, nothing more.
+pub(crate) struct Caller(Option<Context>);
+
+impl Caller {
+    pub(crate) fn current() -> Self {
+        Self(Context::map_current(|context| {
+            (context.has_active_span() && context.span().is_recording()).then(|| context.clone())
+        }))
+    }
+
+    /// Its request has a connection.
+    pub(crate) fn acquired(&self, connection: &Connection, found: Acquired) {
+        let Some(context) = &self.0 else { return };
+        let span = context.span();
+        let id = KeyValue::new(names::CONNECTION_ID, connection.id.to_string());
+        let mut attributes = vec![
+            id.clone(),
+            KeyValue::new(names::CONNECTION_REUSED, found.reused),
+        ];
+        if let Some(idle) = found.idle_time(connection) {
+            attributes.push(KeyValue::new(
+                names::CONNECTION_IDLE_TIME,
+                idle.as_secs_f64(),
+            ));
+        }
+        span.add_event(names::ACQUIRED, attributes);
+        if let Some(trace) = connection.trace.get() {
+            span.add_link(span_context(trace), vec![id.clone()]);
+        }
+        span.set_attribute(id);
+    }
+}
+
+pub(crate) fn span_context(trace: &TraceRef) -> SpanContext {
+    SpanContext::new(
+        TraceId::from_bytes(trace.trace_id),
+        SpanId::from_bytes(trace.span_id),
+        TraceFlags::default().with_sampled(trace.sampled),
+        false,
+        TraceState::default(),
+    )
+}
+
+pub(crate) fn trace_ref(context: &SpanContext) -> TraceRef {
+    TraceRef {
+        trace_id: context.trace_id().to_bytes(),
+        span_id: context.span_id().to_bytes(),
+        sampled: context.is_sampled(),
+    }
+}

@@ -1,0 +1,417 @@
+//! Every name that leaves this crate: spans, span events, metrics, attributes. One table.
+//!
+//! The names follow OpenTelemetry's semantic conventions where they have one, in the version of
+//! [`SCHEMA_URL`]; the rest is under `conntrack.`. The conventions are still moving, so no other
+//! file spells a name, and the README's reference is rendered from here (a test compares them).
+
+/// The instrumentation scope's name.
+pub const SCOPE: &str = "otel-conntrack";
+/// The semantic conventions that the names are taken from.
+pub const SCHEMA_URL: &str = "https://opentelemetry.io/schemas/1.44.0";
+
+/// Declares attributes: a constant for the key, and the table of all with what they mean.
+macro_rules! attributes {
+    ($( $constant:ident = $key:literal: $meaning:literal; )+) => {
+        $( #[doc = $meaning] pub const $constant: &str = $key; )+
+
+        /// Every attribute: key and meaning.
+        pub const ATTRIBUTES: &[(&str, &str)] = &[$( ($key, $meaning), )+];
+    };
+}
+
+attributes! {
+    CLOSE_REASON = "conntrack.close.reason": "why the connection ended: the first reason seen";
+    CLOSE_INITIATOR = "conntrack.close.initiator": "who ended it: `local` or `remote`";
+    CLOSE_WITH_ACTIVE = "conntrack.close.with_active_requests": "requests were running when it ended";
+    CONNECTION_ID = "conntrack.connection.id": "the connection, on its own spans and on its requests' spans: the way back from one to the other";
+    CONNECTION_OPEN = "conntrack.connection.open": "it was still open when this span was written (checkpoint, shutdown)";
+    CONNECTION_REQUESTS = "conntrack.connection.requests": "requests seen on it so far";
+    CONNECTION_IN_FLIGHT = "conntrack.connection.in_flight": "requests running on it";
+    CONNECTION_REUSED = "conntrack.connection.reused": "the connection had served a request before";
+    CONNECTION_IDLE_TIME = "conntrack.connection.idle_time": "how long it had been idle, seconds";
+    BYTES_READ = "conntrack.connection.bytes_read": "bytes read from it, on the layer that was wrapped";
+    BYTES_WRITTEN = "conntrack.connection.bytes_written": "bytes written to it, on the layer that was wrapped";
+    TIMELINE_DROPPED = "conntrack.timeline.dropped": "moments between the first and the last that were not kept";
+    DIRECTION = "conntrack.direction": "`inbound` (accepted) or `outbound` (opened)";
+    NAME = "conntrack.name": "the name of the listener, dialer or connector";
+    INSTANCE = "conntrack.instance": "which `Conntrack` of the process, from 0; on the instrumentation scope";
+    DROPPED_ITEM = "conntrack.dropped.item": "what was dropped: `span`, `metric_export`, `event`, `channel`, `label_set`, `name`, `observer_panic`, `sink_panic`";
+    REASON = "conntrack.reason": "why: a close, accept or reject reason";
+    IO_LAYER = "conntrack.io.layer": "`wire` (ciphertext if TLS runs above) or `plaintext`";
+    IO_DIRECTION = "conntrack.io.direction": "`read` or `written`, as seen from this process";
+    ERROR_TYPE = "error.type": "why it failed; never set on success";
+    SERVER_ADDRESS = "server.address": "the host asked for; `_other` for hosts beyond the bound";
+    SERVER_PORT = "server.port": "the port asked for";
+    URL_SCHEME = "url.scheme": "`http` or `https`, where an HTTP client asked";
+    HTTP_CONNECTION_STATE = "http.connection.state": "`active` or `idle`";
+    PROTOCOL_VERSION = "network.protocol.version": "`1.0`, `1.1` or `2`, once it is known";
+    NETWORK_TRANSPORT = "network.transport": "`tcp` or `unix`";
+    NETWORK_TYPE = "network.type": "`ipv4` or `ipv6`";
+    PEER_ADDRESS = "network.peer.address": "their address, on spans only";
+    PEER_PORT = "network.peer.port": "their port, on spans only";
+    LOCAL_ADDRESS = "network.local.address": "our address, on spans only";
+    LOCAL_PORT = "network.local.port": "our port, on spans only";
+    DNS_QUESTION = "dns.question.name": "the name that was looked up";
+    DNS_ANSWERS = "dns.answers": "the addresses found, at most 16";
+    TLS_VERSION = "tls.protocol.version": "`1.2` or `1.3`";
+    TLS_CIPHER = "tls.cipher": "the cipher suite";
+    TLS_NEXT_PROTOCOL = "tls.next_protocol": "ALPN";
+    TLS_RESUMED = "tls.resumed": "an earlier session was resumed";
+}
+
+/// A span or span event.
+#[derive(Clone, Copy, Debug)]
+pub struct SpanName {
+    /// The name; what stands in braces is filled in.
+    pub name: &'static str,
+    /// When it is written and where it hangs.
+    pub meaning: &'static str,
+    /// The attributes that it can have.
+    pub attributes: &'static [&'static str],
+}
+
+/// Every span.
+pub const SPANS: &[SpanName] = &[
+    SpanName {
+        name: "connection_setup {server.address}:{server.port}",
+        meaning: "outbound set-up; root of the connection's trace, written when the connection is usable or has failed; requests link to it",
+        attributes: &[
+            CONNECTION_ID,
+            NAME,
+            DIRECTION,
+            SERVER_ADDRESS,
+            SERVER_PORT,
+            URL_SCHEME,
+            NETWORK_TRANSPORT,
+            NETWORK_TYPE,
+            PEER_ADDRESS,
+            PEER_PORT,
+            LOCAL_ADDRESS,
+            LOCAL_PORT,
+            TLS_VERSION,
+            TLS_CIPHER,
+            TLS_NEXT_PROTOCOL,
+            TLS_RESUMED,
+            ERROR_TYPE,
+        ],
+    },
+    SpanName {
+        name: "connection_setup {conntrack.name}",
+        meaning: "inbound set-up: the accept; root of the connection's trace",
+        attributes: &[
+            CONNECTION_ID,
+            NAME,
+            DIRECTION,
+            NETWORK_TRANSPORT,
+            NETWORK_TYPE,
+            PEER_ADDRESS,
+            PEER_PORT,
+            LOCAL_ADDRESS,
+            LOCAL_PORT,
+        ],
+    },
+    SpanName {
+        name: "dns lookup {dns.question.name}",
+        meaning: "child of the set-up",
+        attributes: &[DNS_QUESTION, DNS_ANSWERS, ERROR_TYPE],
+    },
+    SpanName {
+        name: "tcp connect {network.peer.address}:{network.peer.port}",
+        meaning: "child of the set-up, one per address tried",
+        attributes: &[
+            PEER_ADDRESS,
+            PEER_PORT,
+            NETWORK_TRANSPORT,
+            NETWORK_TYPE,
+            ERROR_TYPE,
+        ],
+    },
+    SpanName {
+        name: "tls handshake {server.address}",
+        meaning: "child of the set-up",
+        attributes: &[
+            SERVER_ADDRESS,
+            TLS_VERSION,
+            TLS_CIPHER,
+            TLS_NEXT_PROTOCOL,
+            TLS_RESUMED,
+            ERROR_TYPE,
+        ],
+    },
+    SpanName {
+        name: "connection {server.address}:{server.port}",
+        meaning: "child of the set-up: the whole life, written at the close (or at shutdown, for what is still open); its events are the timeline. Inbound: `connection {conntrack.name}`",
+        attributes: &[
+            CONNECTION_ID,
+            NAME,
+            DIRECTION,
+            SERVER_ADDRESS,
+            SERVER_PORT,
+            URL_SCHEME,
+            NETWORK_TRANSPORT,
+            NETWORK_TYPE,
+            PEER_ADDRESS,
+            PEER_PORT,
+            LOCAL_ADDRESS,
+            LOCAL_PORT,
+            PROTOCOL_VERSION,
+            CONNECTION_REQUESTS,
+            CONNECTION_IN_FLIGHT,
+            BYTES_READ,
+            BYTES_WRITTEN,
+            CLOSE_REASON,
+            CLOSE_INITIATOR,
+            CLOSE_WITH_ACTIVE,
+            CONNECTION_IDLE_TIME,
+            CONNECTION_OPEN,
+            TIMELINE_DROPPED,
+        ],
+    },
+    SpanName {
+        name: CHECKPOINT,
+        meaning: "child of the set-up, for a connection that is open for longer than the checkpoint interval: the totals so far",
+        attributes: &[
+            CONNECTION_ID,
+            NAME,
+            DIRECTION,
+            SERVER_ADDRESS,
+            SERVER_PORT,
+            PROTOCOL_VERSION,
+            CONNECTION_REQUESTS,
+            CONNECTION_IN_FLIGHT,
+            BYTES_READ,
+            BYTES_WRITTEN,
+            CONNECTION_OPEN,
+            CONNECTION_IDLE_TIME,
+        ],
+    },
+];
+
+/// The span of a connection that is still open.
+pub const CHECKPOINT: &str = "connection checkpoint";
+/// The event on the caller's span when its request has a connection.
+pub const ACQUIRED: &str = "connection.acquired";
+
+/// Every span event.
+pub const EVENTS: &[SpanName] = &[
+    SpanName {
+        name: ACQUIRED,
+        meaning: "on the *caller's* span, when the request has its connection, with a link to the connection's set-up",
+        attributes: &[CONNECTION_ID, CONNECTION_REUSED, CONNECTION_IDLE_TIME],
+    },
+    SpanName {
+        name: "open, active, idle, end_of_stream, local_shutdown, io_error",
+        meaning: "on the `connection` span: its timeline, the first 24 and the last 24 moments",
+        attributes: &[],
+    },
+];
+
+/// How a metric is made.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Instrument {
+    /// Observable counter: only grows.
+    Counter,
+    /// Observable up-down counter: a gauge that may be summed.
+    UpDownCounter,
+    /// Histogram with the given bounds.
+    Histogram(&'static [f64]),
+}
+
+impl Instrument {
+    /// As it is called in the reference.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Counter => "observable counter",
+            Self::UpDownCounter => "observable up-down counter",
+            Self::Histogram(_) => "histogram",
+        }
+    }
+}
+
+/// A metric.
+#[derive(Clone, Copy, Debug)]
+pub struct Metric {
+    /// The name.
+    pub name: &'static str,
+    /// How it is made.
+    pub instrument: Instrument,
+    /// The unit, UCUM.
+    pub unit: &'static str,
+    /// What it tells.
+    pub description: &'static str,
+    /// The attributes that it can have.
+    pub attributes: &'static [&'static str],
+}
+
+/// Bounds for what takes milliseconds, seconds; as in the conventions for request durations.
+pub const SHORT: &[f64] = &[
+    0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+];
+/// Bounds for how long connections live, seconds; as in the conventions.
+pub const LONG: &[f64] = &[
+    0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,
+];
+/// Bounds for set-up phases, which take microseconds on one host and seconds over a bad network.
+pub const SETUP: &[f64] = &[
+    0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+];
+/// Bounds for requests per connection.
+pub const REQUESTS: &[f64] = &[
+    0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1_000.0, 10_000.0,
+];
+
+/// Declares metrics: a constant for each, and the table of all.
+macro_rules! metrics {
+    ($( $constant:ident = $name:literal, $instrument:expr, $unit:literal, $description:literal, $attributes:expr; )+) => {
+        $( #[doc = $description] pub const $constant: Metric = Metric {
+            name: $name,
+            instrument: $instrument,
+            unit: $unit,
+            description: $description,
+            attributes: $attributes,
+        }; )+
+
+        /// Every metric.
+        pub const METRICS: &[Metric] = &[$( $constant, )+];
+    };
+}
+
+use Instrument::{Counter, Histogram, UpDownCounter};
+
+metrics! {
+    OPEN_CONNECTIONS = "http.client.open_connections", UpDownCounter, "{connection}",
+        "Outbound HTTP connections that are open and whose requests are seen, by what they do.",
+        &[HTTP_CONNECTION_STATE, SERVER_ADDRESS, SERVER_PORT, URL_SCHEME, PROTOCOL_VERSION];
+    CONNECTION_DURATION = "http.client.connection.duration", Histogram(LONG), "s",
+        "How long outbound HTTP connections were open; recorded at the close.",
+        &[SERVER_ADDRESS, SERVER_PORT, URL_SCHEME, PROTOCOL_VERSION];
+    CONNECTIONS = "conntrack.connections", UpDownCounter, "{connection}",
+        "Connections that are open.",
+        &[DIRECTION, NAME];
+    DURATION = "conntrack.connection.duration", Histogram(LONG), "s",
+        "How long connections were open; recorded at the close.",
+        &[DIRECTION, NAME, REASON];
+    DIALER_ATTEMPTS = "conntrack.dialer.attempts", Counter, "{attempt}",
+        "Outbound connections that were asked for.",
+        &[NAME];
+    DIALER_ESTABLISHED = "conntrack.dialer.established", Counter, "{connection}",
+        "Outbound connections that came about.",
+        &[NAME];
+    DIALER_FAILED = "conntrack.dialer.failed", Counter, "{attempt}",
+        "Outbound connections that failed, each with exactly one reason.",
+        &[NAME, ERROR_TYPE];
+    DIALER_CLOSED = "conntrack.dialer.closed", Counter, "{connection}",
+        "Outbound connections that were closed.",
+        &[NAME, REASON];
+    SETUP_DURATION = "conntrack.connection.setup.duration", Histogram(SETUP), "s",
+        "How long it took until an outbound connection was usable, or had failed.",
+        &[NAME, SERVER_ADDRESS, SERVER_PORT, ERROR_TYPE];
+    DNS_DURATION = "dns.lookup.duration", Histogram(SETUP), "s",
+        "How long name look-ups took.",
+        &[DNS_QUESTION, ERROR_TYPE];
+    TCP_DURATION = "conntrack.tcp.connect.duration", Histogram(SETUP), "s",
+        "How long connecting to one address took.",
+        &[NAME, SERVER_ADDRESS, SERVER_PORT, ERROR_TYPE];
+    TLS_DURATION = "conntrack.tls.handshake.duration", Histogram(SETUP), "s",
+        "How long TLS handshakes took.",
+        &[NAME, SERVER_ADDRESS, SERVER_PORT, ERROR_TYPE];
+    IDLE_TIME = "conntrack.connection.idle_time", Histogram(LONG), "s",
+        "How long connections had been idle that were closed while idle.",
+        &[NAME, SERVER_ADDRESS, SERVER_PORT, REASON];
+    CONNECTION_REQUEST_COUNT = "conntrack.connection.requests", Histogram(REQUESTS), "{request}",
+        "Requests per connection, for those whose requests are seen; recorded at the close.",
+        &[NAME, SERVER_ADDRESS, SERVER_PORT];
+    IO = "conntrack.connection.io", Counter, "By",
+        "Bytes read and written.",
+        &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT, IO_DIRECTION, IO_LAYER];
+    LISTENER_ACCEPTED = "conntrack.listener.accepted", Counter, "{connection}",
+        "Inbound connections that were accepted.",
+        &[NAME];
+    LISTENER_CLOSED = "conntrack.listener.closed", Counter, "{connection}",
+        "Inbound connections that were closed.",
+        &[NAME, REASON];
+    LISTENER_ACCEPT_ERRORS = "conntrack.listener.accept_errors", Counter, "{error}",
+        "Accepts that failed.",
+        &[NAME, REASON];
+    LISTENER_REJECTED = "conntrack.listener.rejected", Counter, "{connection}",
+        "Inbound connections that were turned away.",
+        &[NAME, REASON];
+    DROPPED = "conntrack.dropped", Counter, "{item}",
+        "What this crate had to drop, so that it stays within its bounds.",
+        &[DROPPED_ITEM];
+}
+
+/// The reference of spans, events, metrics and attributes, in Markdown: the README's section.
+pub fn reference() -> String {
+    use std::fmt::Write as _;
+
+    fn code(names: &[&str]) -> String {
+        names
+            .iter()
+            .map(|name| format!("`{name}`"))
+            .collect::<Vec<_>>()
+            .join(", ")
+    }
+
+    let mut out =
+        String::from("#### Spans\n\n| span | when and where | attributes |\n|---|---|---|\n");
+    // Writing to a `String` can't fail.
+    for span in SPANS.iter().chain(EVENTS) {
+        let _ = writeln!(
+            out,
+            "| `{}` | {} | {} |",
+            span.name,
+            span.meaning,
+            code(span.attributes)
+        );
+    }
+    out.push_str("\n#### Metrics\n\n| metric | instrument, unit | what it tells | attributes |\n|---|---|---|---|\n");
+    for metric in METRICS {
+        let _ = writeln!(
+            out,
+            "| `{}` | {}, `{}` | {} | {} |",
+            metric.name,
+            metric.instrument.as_str(),
+            metric.unit,
+            metric.description,
+            code(metric.attributes)
+        );
+    }
+    out.push_str("\n#### Attributes\n\n| attribute | meaning |\n|---|---|\n");
+    for (key, meaning) in ATTRIBUTES {
+        let _ = writeln!(out, "| `{key}` | {meaning} |");
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn names_are_unique_and_attributes_are_all_declared() {
+        let names: BTreeSet<_> = METRICS.iter().map(|metric| metric.name).collect();
+        assert_eq!(names.len(), METRICS.len());
+        let keys: BTreeSet<_> = ATTRIBUTES.iter().map(|(key, _)| *key).collect();
+        assert_eq!(keys.len(), ATTRIBUTES.len());
+        let used = METRICS.iter().flat_map(|metric| metric.attributes);
+        let used = used.chain(SPANS.iter().chain(EVENTS).flat_map(|span| span.attributes));
+        for key in used {
+            assert!(
+                keys.contains(key),
+                "{key} is not in the table of attributes"
+            );
+        }
+    }
+
+    #[test]
+    fn the_readme_has_this_reference() {
+        let readme = include_str!("../../README.md");
+        assert!(
+            readme.contains(&reference()),
+            "README.md's reference is out of date; put this there:\n\n{}",
+            reference()
+        );
+    }
+}

@@ -1,0 +1,358 @@
+//! Spans, written from the record with explicit times.
+//!
+//! Each is started and ended in one step, so no live span is held for a connection. They are:
+//!
+//! - the **set-up** span, a root, written when the connection is usable or has failed, with its
+//!   phases as children;
+//! - the **life** span, its child, written at the close, once; at shutdown for what is still open;
+//! - **checkpoint** spans, its children, for what stays open for long.
+//!
+//! All attributes are given at the start, so that samplers and processors see them. A connection's
+//! trace never has a request for a parent: its context is made from nothing.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::time::Duration;
+
+use opentelemetry::global::BoxedTracer;
+use opentelemetry::trace::{
+    Event, Span as _, SpanBuilder, SpanKind, Status, TraceContextExt, Tracer as _,
+};
+use opentelemetry::{Array, Context, KeyValue, StringValue, Value};
+
+use crate::event::{Direction, Endpoint, FailureReason};
+use crate::record::connection::{Connection, Phase, PhaseKind};
+use crate::record::recorder::Sink;
+use crate::telemetry::caller::{span_context, trace_ref};
+use crate::telemetry::names;
+
+pub(crate) struct SpanWriter {
+    tracer: BoxedTracer,
+}
+
+impl SpanWriter {
+    pub(crate) const fn new(tracer: BoxedTracer) -> Self {
+        Self { tracer }
+    }
+
+    /// A child of the connection's set-up span, or a root where there is none.
+    fn context(connection: &Connection) -> Context {
+        let root = Context::new();
+        match connection.trace.get() {
+            Some(trace) => root.with_remote_span_context(span_context(trace)),
+            None => root,
+        }
+    }
+
+    fn write(
+        &self,
+        connection: &Connection,
+        context: &Context,
+        span: SpanBuilder,
+        end: Duration,
+        error: Option<FailureReason>,
+    ) -> opentelemetry::global::BoxedSpan {
+        let mut span = self.tracer.build_with_context(span, context);
+        if let Some(reason) = error {
+            span.set_status(Status::error(reason.as_str()));
+        }
+        span.end_with_timestamp(connection.wall(end));
+        span
+    }
+
+    fn phase(&self, connection: &Connection, context: &Context, phase: &Phase) {
+        let (name, mut attributes) = match &phase.kind {
+            PhaseKind::Dns { host, addresses } => {
+                let mut attributes = vec![KeyValue::new(names::DNS_QUESTION, host.to_string())];
+                if !addresses.is_empty() {
+                    let answers = addresses.iter().map(|a| StringValue::from(a.to_string()));
+                    let answers = Value::Array(Array::String(answers.collect()));
+                    attributes.push(KeyValue::new(names::DNS_ANSWERS, answers));
+                }
+                (format!("dns lookup {host}"), attributes)
+            }
+            PhaseKind::Connect { address } => (
+                format!("tcp connect {address}"),
+                vec![
+                    KeyValue::new(names::PEER_ADDRESS, address.ip().to_string()),
+                    KeyValue::new(names::PEER_PORT, i64::from(address.port())),
+                    KeyValue::new(names::NETWORK_TRANSPORT, "tcp"),
+                    KeyValue::new(names::NETWORK_TYPE, network_type(address.is_ipv4())),
+                ],
+            ),
+            PhaseKind::Tls { server_name } => {
+                let mut attributes = vec![KeyValue::new(
+                    names::SERVER_ADDRESS,
+                    server_name.to_string(),
+                )];
+                if phase.error.is_none() {
+                    tls(connection, &mut attributes);
+                }
+                (format!("tls handshake {server_name}"), attributes)
+            }
+        };
+        if let Some(reason) = phase.error {
+            attributes.push(KeyValue::new(names::ERROR_TYPE, reason.as_str()));
+        }
+        let span = builder(name, connection, phase.from, attributes);
+        self.write(
+            connection,
+            context,
+            span,
+            phase.to.unwrap_or(phase.from),
+            phase.error,
+        );
+    }
+
+    /// Writes the life span unless it was written; `at` is the close, or now.
+    fn life(&self, connection: &Connection, at: Duration) -> bool {
+        if !connection.scope.spans() || !connection.take_life_span() {
+            return false;
+        }
+        let mut attributes = identity(connection);
+        ends(connection, &mut attributes);
+        totals(connection, &mut attributes);
+        match connection.closed.get() {
+            Some(close) => {
+                attributes.extend([
+                    KeyValue::new(names::CLOSE_REASON, close.reason.as_str()),
+                    KeyValue::new(names::CLOSE_INITIATOR, close.initiator.as_str()),
+                    KeyValue::new(names::CLOSE_WITH_ACTIVE, close.with_active_requests),
+                ]);
+                if let Some(idle) = close.idle {
+                    attributes.push(KeyValue::new(
+                        names::CONNECTION_IDLE_TIME,
+                        idle.as_secs_f64(),
+                    ));
+                }
+            }
+            None => attributes.push(KeyValue::new(names::CONNECTION_OPEN, true)),
+        }
+        let timeline = connection.timeline();
+        if timeline.dropped() > 0 {
+            attributes.push(KeyValue::new(
+                names::TIMELINE_DROPPED,
+                timeline.dropped() as i64,
+            ));
+        }
+        let events = timeline
+            .entries()
+            .map(|entry| {
+                Event::new(
+                    entry.moment.as_str(),
+                    connection.wall(entry.at),
+                    Vec::new(),
+                    0,
+                )
+            })
+            .collect();
+        let from = connection
+            .ends
+            .get()
+            .map_or(Duration::ZERO, |ends| ends.usable_at);
+        let span = builder(
+            format!("connection {}", subject(connection)),
+            connection,
+            from,
+            attributes,
+        )
+        .with_events(events);
+        self.write(connection, &Self::context(connection), span, at, None);
+        true
+    }
+
+    /// Writes the life span of a connection that is still open, at shutdown.
+    #[cfg_attr(not(feature = "otlp"), allow(dead_code))]
+    pub(crate) fn still_open(&self, connection: &Connection) -> bool {
+        connection.ends.get().is_some() && self.life(connection, connection.elapsed())
+    }
+
+    /// Writes a checkpoint: what the connection did so far, since the last one.
+    pub(crate) fn checkpoint(&self, connection: &Connection, from: Duration, now: Duration) {
+        if !connection.scope.spans() {
+            return;
+        }
+        let mut attributes = identity(connection);
+        totals(connection, &mut attributes);
+        attributes.push(KeyValue::new(names::CONNECTION_OPEN, true));
+        if let Some(idle) = connection.idle_for(now) {
+            attributes.push(KeyValue::new(
+                names::CONNECTION_IDLE_TIME,
+                idle.as_secs_f64(),
+            ));
+        }
+        let span = builder(names::CHECKPOINT, connection, from, attributes);
+        self.write(connection, &Self::context(connection), span, now, None);
+    }
+}
+
+impl Sink for SpanWriter {
+    fn setup_finished(
+        &self,
+        connection: &Connection,
+        phases: &[Phase],
+        outcome: Result<(), FailureReason>,
+    ) {
+        if !connection.scope.spans() {
+            return;
+        }
+        let mut attributes = identity(connection);
+        ends(connection, &mut attributes);
+        tls(connection, &mut attributes);
+        let end = match (outcome, connection.ends.get(), connection.failed.get()) {
+            (Ok(()), Some(ends), _) => ends.usable_at,
+            (_, _, Some((_, at))) => *at,
+            _ => connection.elapsed(),
+        };
+        let error = outcome.err();
+        if let Some(reason) = error {
+            attributes.push(KeyValue::new(names::ERROR_TYPE, reason.as_str()));
+        }
+        let name = format!("connection_setup {}", subject(connection));
+        let span = builder(name, connection, Duration::ZERO, attributes);
+        let span = self.write(connection, &Context::new(), span, end, error);
+        let context = span.span_context();
+        if !context.is_valid() {
+            // The provider is shut down, or makes no ids: there is nothing to link to.
+            return;
+        }
+        let trace = trace_ref(context);
+        let _ = connection.trace.set(trace);
+        if trace.sampled {
+            // The phases and the timeline have a reader.
+            connection.keep_timeline();
+            let context = Self::context(connection);
+            for phase in phases {
+                self.phase(connection, &context, phase);
+            }
+        }
+    }
+
+    fn closed(&self, connection: &Connection) {
+        let at = connection
+            .closed
+            .get()
+            .map_or_else(|| connection.elapsed(), |close| close.at);
+        self.life(connection, at);
+    }
+}
+
+fn builder(
+    name: impl Into<Cow<'static, str>>,
+    connection: &Connection,
+    from: Duration,
+    attributes: Vec<KeyValue>,
+) -> SpanBuilder {
+    SpanBuilder::from_name(name)
+        .with_kind(SpanKind::Internal)
+        .with_start_time(connection.wall(from))
+        .with_attributes(attributes)
+}
+
+/// What the connection is called in span names: the target, or the listener.
+fn subject(connection: &Connection) -> String {
+    match &connection.target {
+        Some(target) => target.to_string(),
+        None => connection.scope.name.to_string(),
+    }
+}
+
+fn string(text: &Arc<str>) -> Value {
+    Value::String(StringValue::from(text.clone()))
+}
+
+/// Which connection it is.
+fn identity(connection: &Connection) -> Vec<KeyValue> {
+    let mut attributes = Vec::with_capacity(20);
+    attributes.extend([
+        KeyValue::new(names::CONNECTION_ID, connection.id.to_string()),
+        KeyValue::new(names::NAME, string(&connection.scope.name)),
+        KeyValue::new(names::DIRECTION, connection.scope.direction.as_str()),
+    ]);
+    if let Some(target) = &connection.target {
+        attributes.push(KeyValue::new(names::SERVER_ADDRESS, string(&target.host)));
+        if let Some(port) = target.port {
+            attributes.push(KeyValue::new(names::SERVER_PORT, i64::from(port)));
+        }
+        if let Some(scheme) = &target.scheme {
+            attributes.push(KeyValue::new(names::URL_SCHEME, string(scheme)));
+        }
+    }
+    attributes
+}
+
+/// Where it goes from and to. Spans only: addresses are no labels for metrics.
+fn ends(connection: &Connection, attributes: &mut Vec<KeyValue>) {
+    let Some(ends) = connection.ends.get() else {
+        return;
+    };
+    match ends.peer.as_ref().or(ends.local.as_ref()) {
+        Some(Endpoint::Ip(address)) => attributes.extend([
+            KeyValue::new(names::NETWORK_TRANSPORT, "tcp"),
+            KeyValue::new(names::NETWORK_TYPE, network_type(address.is_ipv4())),
+        ]),
+        Some(Endpoint::Unix(_)) => attributes.push(KeyValue::new(names::NETWORK_TRANSPORT, "unix")),
+        None => {}
+    }
+    for (end, address_key, port_key) in [
+        (&ends.peer, names::PEER_ADDRESS, names::PEER_PORT),
+        (&ends.local, names::LOCAL_ADDRESS, names::LOCAL_PORT),
+    ] {
+        match end {
+            Some(Endpoint::Ip(address)) => attributes.extend([
+                KeyValue::new(address_key, address.ip().to_string()),
+                KeyValue::new(port_key, i64::from(address.port())),
+            ]),
+            Some(Endpoint::Unix(path)) if !path.is_empty() => {
+                attributes.push(KeyValue::new(address_key, string(path)));
+            }
+            _ => {}
+        }
+    }
+}
+
+fn tls(connection: &Connection, attributes: &mut Vec<KeyValue>) {
+    let Some(tls) = connection.tls.get() else {
+        return;
+    };
+    if let Some(version) = tls.version {
+        attributes.push(KeyValue::new(names::TLS_VERSION, version));
+    }
+    for (key, text) in [
+        (names::TLS_CIPHER, &tls.cipher),
+        (names::TLS_NEXT_PROTOCOL, &tls.alpn),
+    ] {
+        if let Some(text) = text {
+            attributes.push(KeyValue::new(key, string(text)));
+        }
+    }
+    if let Some(resumed) = tls.resumed {
+        attributes.push(KeyValue::new(names::TLS_RESUMED, resumed));
+    }
+}
+
+/// What it did so far.
+fn totals(connection: &Connection, attributes: &mut Vec<KeyValue>) {
+    let (read, written) = connection.bytes();
+    if let Some(version) = connection.protocol() {
+        attributes.push(KeyValue::new(names::PROTOCOL_VERSION, version.as_str()));
+    }
+    let requests = connection.requests();
+    if requests > 0 || connection.scope.direction == Direction::Outbound {
+        attributes.extend([
+            KeyValue::new(names::CONNECTION_REQUESTS, requests as i64),
+            KeyValue::new(
+                names::CONNECTION_IN_FLIGHT,
+                i64::from(connection.in_flight()),
+            ),
+        ]);
+    }
+    attributes.extend([
+        KeyValue::new(names::BYTES_READ, read as i64),
+        KeyValue::new(names::BYTES_WRITTEN, written as i64),
+    ]);
+}
+
+const fn network_type(ipv4: bool) -> &'static str {
+    if ipv4 { "ipv4" } else { "ipv6" }
+}
