@@ -395,9 +395,38 @@ impl ConnectionId {
     }
 }
 
+impl ConnectionId {
+    /// The text, without the formatting machinery: it is made once or twice per connection.
+    pub(crate) fn text(self) -> String {
+        let mut text = String::with_capacity(8 + 1 + 20);
+        for shift in (0..8).rev() {
+            let digit = self.instance >> (shift * 4) & 0xf;
+            text.push(char::from_digit(digit, 16).unwrap_or('0'));
+        }
+        text.push('-');
+        push_decimal(&mut text, self.number);
+        text
+    }
+}
+
+/// Appends a number in decimal.
+fn push_decimal(text: &mut String, mut number: u64) {
+    let mut digits = [0_u8; 20];
+    let mut at = digits.len();
+    loop {
+        at -= 1;
+        digits[at] = b'0' + (number % 10) as u8;
+        number /= 10;
+        if number == 0 {
+            break;
+        }
+    }
+    text.extend(digits[at..].iter().map(|digit| char::from(*digit)));
+}
+
 impl fmt::Display for ConnectionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:08x}-{}", self.instance, self.number)
+        f.pad(&self.text())
     }
 }
 
@@ -536,6 +565,24 @@ impl Target {
     }
 }
 
+impl Target {
+    /// Appends the text that `Display` gives, without the formatting machinery.
+    pub(crate) fn push_to(&self, text: &mut String) {
+        let bare_v6 = self.host.contains(':') && !self.host.starts_with('[');
+        match self.port {
+            Some(port) => {
+                if bare_v6 {
+                    text.push('[');
+                }
+                text.push_str(&self.host);
+                text.push_str(if bare_v6 { "]:" } else { ":" });
+                push_decimal(text, u64::from(port));
+            }
+            None => text.push_str(&self.host),
+        }
+    }
+}
+
 impl<H: Into<Arc<str>>> From<(H, u16)> for Target {
     fn from((host, port): (H, u16)) -> Self {
         Self::new(host, port)
@@ -550,13 +597,9 @@ impl From<SocketAddr> for Target {
 
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.port {
-            Some(port) if self.host.contains(':') && !self.host.starts_with('[') => {
-                write!(f, "[{}]:{port}", self.host)
-            }
-            Some(port) => write!(f, "{}:{port}", self.host),
-            None => f.write_str(&self.host),
-        }
+        let mut text = String::with_capacity(self.host.len() + 8);
+        self.push_to(&mut text);
+        f.pad(&text)
     }
 }
 

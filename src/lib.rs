@@ -1,5 +1,83 @@
 //! See every connection of a Rust service.
+//!
+//! A service is slow and its CPU idle. Is it the pool? DNS? TLS? A leak? A peer that drops idle
+//! connections? This crate makes it visible: who is connected, to whom, since when, doing what, and
+//! why it ended: as OpenTelemetry spans in Jaeger or Tempo, as metrics over OTLP or for Prometheus,
+//! as events for your own code, and as a snapshot.
+//!
+//! # The five-minute tour
+//!
+//! One call sets everything up; two wrappers make the connections visible.
+//!
+//! ```no_run
+//! # #[cfg(all(feature = "otlp", feature = "net", feature = "hyper"))]
+//! # mod tour {
+//! use http_body_util::Empty;
+//! use hyper::body::Bytes;
+//! use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+//! use otel_conntrack::Conntrack;
+//! use tower_layer::Layer;
+//!
+//! #[tokio::main]
+//! async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     // Traces and metrics by OTLP to localhost:4317, or wherever OTEL_* says.
+//!     let conntrack = Conntrack::builder().service_name("shop").init()?;
+//!
+//!     // Inbound: the listener. Use it in a hyper loop or in `axum::serve`.
+//!     let mut listener = conntrack.listener("http").bind("127.0.0.1:8080").await?;
+//!
+//!     // Outbound: the dialer as hyper's connector, and the layer that sees requests.
+//!     let dialer = conntrack.dialer("backend").build()?;
+//!     let client = Client::builder(TokioExecutor::new()).build::<_, Empty<Bytes>>(dialer.clone());
+//!     let client = dialer.request_layer().layer(client);
+//!
+//!     loop {
+//!         let (stream, peer) = listener.accept().await;
+//!         println!("{peer} is here; {} connections are open", conntrack.stats().open());
+//!         # let _ = (stream, &client);
+//!     }
+//! }
+//! # }
+//! ```
+//!
+//! - **Already have OpenTelemetry?** [`Builder::tracer_provider`] and [`Builder::meter_provider`] with
+//!   [`Builder::build`]: nothing global is touched.
+//! - **Another client?** [`Conntrack::connector`] wraps any tower connector, [`Dialer::connect`] opens
+//!   a tracked stream for any protocol, [`Dialer::track`] tracks any future that yields a stream.
+//! - **Another listener?** Implement [`Accept`] for it; or hand streams to
+//!   [`Conntrack::track_accepted`].
+//! - **Your own eyes?** [`Observer`], [`Hooks`] and [`channel`] get every event;
+//!   [`Conntrack::stats`] and [`Conntrack::connections`] say what is, at once and consistently.
+//!
+//! # How it is built
+//!
+//! Facts flow one way: *sources* (listener, dialer, connector, client layer) tell the *record*, and
+//! *sinks* (spans, metrics, observers) read it. There is one truth: gauges, counters, snapshots and
+//! events come from the same changes of state, so they agree. What opens closes once, on success,
+//! failure, cancel, panic and shutdown. No foreign code runs under a lock. Everything is bounded,
+//! and what is dropped is counted ([`Dropped`]). No request data, header or body is in any of it.
+//!
+//! # Features
+//!
+//! | feature | default | what |
+//! |---|---|---|
+//! | `net` | yes | [`Listener`], [`Dialer`] |
+//! | `hyper` | yes | hyper's I/O traits, [`Connector`], [`RequestLayer`] |
+//! | `otlp` | yes | [`Builder::init`]: SDK, OTLP exporters, `tracing` subscriber |
+//! | `prometheus` | yes | the scrape endpoint and go-conntrack's names |
+//! | `otel` | by `otlp` | spans and metrics with your own providers |
+//! | `tls` | no | TLS by rustls in the dialer |
+//! | `otlp-tls` | no | `https` endpoints for OTLP |
+//! | `axum`, `tonic` | no | their listener and connect-info traits |
+//! | `serde` | no | snapshots and events serialise |
+//!
+//! Without default features the crate is the vocabulary, the record and [`TrackedIo`].
 #![cfg_attr(docsrs, feature(doc_cfg))]
+// Links in the overview point to items of features that may be off.
+#![cfg_attr(
+    not(all(feature = "net", feature = "hyper", feature = "prometheus")),
+    allow(rustdoc::broken_intra_doc_links)
+)]
 
 mod builder;
 mod conntrack;
@@ -13,7 +91,7 @@ mod record;
 #[cfg(feature = "net")]
 mod socket;
 #[cfg(feature = "otel")]
-pub mod telemetry;
+mod telemetry;
 
 pub use builder::{Builder, ConfigError};
 pub use conntrack::{Conntrack, TrackError};
@@ -45,15 +123,29 @@ pub use record::stats::{ConnectionSnapshot, Dropped, HostStats, ScopeStats, Stat
 pub use record::timeline::{Moment, TimelineEntry};
 #[cfg(feature = "net")]
 pub use socket::Keepalive;
-
 #[cfg(feature = "otlp")]
 pub use telemetry::guard::{ConntrackGuard, ShutdownError};
+#[cfg(feature = "otel")]
+pub use telemetry::names;
 #[cfg(feature = "prometheus")]
 pub use telemetry::prometheus::GoConntrackCollector;
 #[cfg(feature = "otlp")]
 pub use telemetry::settings::Protocol;
 
+/// The OpenTelemetry crates that this one was built with: two versions in one program don't see each
+/// other's spans.
 #[cfg(feature = "otel")]
 pub use opentelemetry;
 #[cfg(feature = "otlp")]
 pub use {opentelemetry_otlp, opentelemetry_sdk, tracing_opentelemetry};
+
+/// The README's examples compile.
+#[cfg(all(
+    doctest,
+    feature = "net",
+    feature = "hyper",
+    feature = "otlp",
+    feature = "prometheus"
+))]
+#[doc = include_str!("../README.md")]
+struct Readme;

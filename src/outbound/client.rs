@@ -5,8 +5,8 @@
 //! counts it, and tells the caller's span: an event `connection.acquired`, a link to the
 //! connection's set-up span, the attribute `conntrack.connection.id`.
 //!
-//! On the request path it takes the scope's lock twice, each time for a few additions, reads the
-//! clock once, and allocates for hyper-util's capture only.
+//! On the request path it takes the scope's lock twice, each time for a few additions, and reads the
+//! clock once. What allocates is hyper-util's capture.
 
 use std::fmt;
 use std::future::Future;
@@ -24,7 +24,8 @@ use tower_service::Service;
 
 use crate::event::ProtocolVersion;
 use crate::outbound::name::DialName;
-use crate::record::connection::{ConnectionRecord, RequestGuard};
+use crate::record::Connection;
+use crate::record::connection::{ConnectionRecord, RequestGuard, watch_clones};
 
 /// A layer over the client that uses a tracked connector. From
 /// [`Connector::request_layer`](crate::Connector::request_layer) or
@@ -119,24 +120,31 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let inner = this.inner;
-        let polled = match this.name {
-            // The connector is called within this poll, and looks for the name there.
-            Some(name) => name.sync_scope(|| inner.poll(cx)),
-            None => inner.poll(cx),
+        let mut seen = None;
+        let polled = if this.capture.is_none() {
+            inner.poll(cx)
+        } else {
+            let (polled, connection) = watch_clones(|| match this.name {
+                // The connector is called within this poll, and looks for the name there.
+                Some(name) => name.sync_scope(|| inner.poll(cx)),
+                None => inner.poll(cx),
+            });
+            seen = connection;
+            polled
         };
         // The pool hands out a connection within a poll, so after each one is when to look; no
         // waker is needed for it.
-        if let Some(capture) = this.capture {
-            if let Some(guard) = acquired(capture, this.caller) {
-                *this.guard = guard;
-                *this.capture = None;
-            }
+        if let Some(capture) = this.capture
+            && let Some(guard) = acquired(capture, seen, this.caller)
+        {
+            *this.guard = guard;
+            *this.capture = None;
         }
         let response = ready!(polled)?;
-        if let Some(guard) = &this.guard {
-            if let Some(version) = protocol(response.version()) {
-                guard.connection().set_protocol(version);
-            }
+        if let Some(guard) = &this.guard
+            && let Some(version) = protocol(response.version())
+        {
+            guard.connection().set_protocol(version);
         }
         let guard = this.guard.take();
         Poll::Ready(Ok(response.map(|body| {
@@ -157,13 +165,23 @@ impl<F> fmt::Debug for ResponseFuture<F> {
 
 /// The connection that the pool handed out, if it has: none while it hasn't, an inner none for a
 /// connection that is not ours.
-fn acquired(capture: &CaptureConnection, caller: &Caller) -> Option<Option<RequestGuard>> {
+///
+/// `seen` is the only record that was cloned in the poll. If the pool did hand one out in it, that
+/// is the one, because handing out means cloning.
+fn acquired(
+    capture: &CaptureConnection,
+    seen: Option<Arc<Connection>>,
+    caller: &Caller,
+) -> Option<Option<RequestGuard>> {
     let metadata = capture.connection_metadata();
     let connected = metadata.as_ref()?;
-    let mut extras = Extensions::new();
-    connected.get_extras(&mut extras);
+    let connection = seen.or_else(|| {
+        let mut extras = Extensions::new();
+        connected.get_extras(&mut extras);
+        extras.remove::<ConnectionRecord>().map(|record| record.0)
+    });
     drop(metadata);
-    let Some(ConnectionRecord(connection)) = extras.remove::<ConnectionRecord>() else {
+    let Some(connection) = connection else {
         return Some(None);
     };
     let found = connection.request_started();
@@ -194,12 +212,7 @@ impl Caller {
         Self
     }
 
-    const fn acquired(
-        &self,
-        _: &crate::record::Connection,
-        _: crate::record::connection::Acquired,
-    ) {
-    }
+    const fn acquired(&self, _: &Connection, _: crate::record::connection::Acquired) {}
 }
 
 pin_project! {

@@ -40,6 +40,8 @@ pub(crate) trait Sink: Send + Sync {
     fn closed(&self, connection: &Connection);
 }
 
+type Scopes = BTreeMap<(Direction, Arc<str>), Arc<Scope>>;
+
 #[derive(Clone)]
 pub(crate) struct Recorder(Arc<Inner>);
 
@@ -47,7 +49,7 @@ struct Inner {
     instance: u32,
     ordinal: u32,
     next: AtomicU64,
-    scopes: RwLock<BTreeMap<(Direction, Arc<str>), Arc<Scope>>>,
+    scopes: RwLock<Scopes>,
     observers: Composed,
     sinks: OnceLock<Vec<Arc<dyn Sink>>>,
     history: Mutex<VecDeque<Arc<Connection>>>,

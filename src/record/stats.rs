@@ -9,7 +9,7 @@ use crate::event::{
     FailureReason, Initiator, IoLayer, ProtocolVersion, RejectReason, Target, TlsFacts, TraceRef,
 };
 use crate::record::Scope;
-use crate::record::scope::{Counts, HostCounts};
+use crate::record::scope::{Counts, States};
 use crate::record::timeline::TimelineEntry;
 
 /// What this crate counts of itself: everything bounded that overflowed.
@@ -137,7 +137,8 @@ pub struct ScopeStats {
     pub name: Arc<str>,
     /// Whether the name stands in the code (a builder was made for it), or was learned.
     pub declared: bool,
-    /// The last event's sequence number that is counted in here.
+    /// The last event's sequence number that is counted in here. (Changes between active and idle
+    /// take a number only while there is an observer to tell.)
     pub sequence: u64,
     /// Outbound attempts begun.
     pub attempts: u64,
@@ -217,15 +218,29 @@ impl ScopeStats {
             accept_errors: by(AcceptErrorReason::ALL, &counts.accept_errors),
             rejected: by(RejectReason::ALL, &counts.rejected),
             closed: by(CloseReason::ALL, &counts.closed),
-            requests: counts.requests,
+            requests: 0,
             connecting: counts.connecting,
             open: counts.open,
-            active: counts.active,
-            idle: counts.idle,
+            active: 0,
+            idle: 0,
             bytes_read: 0,
             bytes_written: 0,
             hosts: hosts.collect(),
             metrics: scope.metrics(),
+        }
+    }
+
+    /// Takes what connections are doing, by host.
+    pub(crate) fn set_states(&mut self, hosts: &[States]) {
+        for (host, states) in self.hosts.iter_mut().zip(hosts) {
+            for (slot, [active, idle]) in states.iter().copied().enumerate() {
+                self.active += active;
+                self.idle += idle;
+                if active + idle > 0 {
+                    host.by_version
+                        .push((ProtocolVersion::from_slot(slot), active, idle));
+                }
+            }
         }
     }
 
@@ -271,24 +286,13 @@ impl ScopeStats {
 }
 
 impl HostStats {
-    pub(crate) fn new(
-        target: Option<Target>,
-        layer: IoLayer,
-        folded: bool,
-        counts: HostCounts,
-    ) -> Self {
+    pub(crate) fn new(target: Option<Target>, layer: IoLayer, folded: bool, open: u64) -> Self {
         Self {
             target,
             layer,
             folded,
-            open: counts.open,
-            by_version: counts
-                .states
-                .iter()
-                .enumerate()
-                .filter(|(_, states)| **states != [0, 0])
-                .map(|(slot, states)| (ProtocolVersion::from_slot(slot), states[0], states[1]))
-                .collect(),
+            open,
+            by_version: Vec::new(),
             bytes_read: 0,
             bytes_written: 0,
         }

@@ -1,7 +1,11 @@
 //! The caller's span: what a request's own trace learns about its connection.
+// Requests are seen by the layer over an HTTP client.
+#![cfg_attr(not(feature = "hyper"), allow(dead_code, unused_imports))]
+
+use std::sync::Arc;
 
 use opentelemetry::trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, TraceId, TraceState};
-use opentelemetry::{Context, KeyValue};
+use opentelemetry::{Context, KeyValue, StringValue};
 
 use crate::event::TraceRef;
 use crate::record::Connection;
@@ -25,11 +29,11 @@ impl Caller {
     pub(crate) fn acquired(&self, connection: &Connection, found: Acquired) {
         let Some(context) = &self.0 else { return };
         let span = context.span();
-        let id = KeyValue::new(names::CONNECTION_ID, connection.id.to_string());
-        let mut attributes = vec![
-            id.clone(),
-            KeyValue::new(names::CONNECTION_REUSED, found.reused),
-        ];
+        // One allocation for the text, shared by both attributes.
+        let id = StringValue::from(Arc::<str>::from(connection.id.text()));
+        let mut attributes = Vec::with_capacity(3);
+        attributes.push(KeyValue::new(names::CONNECTION_ID, id.clone()));
+        attributes.push(KeyValue::new(names::CONNECTION_REUSED, found.reused));
         if let Some(idle) = found.idle_time(connection) {
             attributes.push(KeyValue::new(
                 names::CONNECTION_IDLE_TIME,
@@ -38,9 +42,9 @@ impl Caller {
         }
         span.add_event(names::ACQUIRED, attributes);
         if let Some(trace) = connection.trace.get() {
-            span.add_link(span_context(trace), vec![id.clone()]);
+            span.add_link(span_context(trace), Vec::new());
         }
-        span.set_attribute(id);
+        span.set_attribute(KeyValue::new(names::CONNECTION_ID, id));
     }
 }
 

@@ -1,7 +1,6 @@
 //! The one call, [`Builder::init`], and the guard that ends what it began.
 
 use std::fmt;
-use std::net::SocketAddr;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -160,10 +159,9 @@ fn propagator(which: Propagators) -> TextMapCompositePropagator {
 }
 
 fn install_subscriber(guard: &ConntrackGuard) -> Result<(), ConfigError> {
-    // A filter that can't be read is told by tracing-subscriber itself, on stderr.
-    let filter = EnvFilter::builder()
-        .with_default_directive(tracing::level_filters::LevelFilter::INFO.into())
-        .from_env_lossy();
+    // Unset or unreadable, it is `info`, without what OpenTelemetry says of its own globals.
+    let filter = EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| EnvFilter::new("info,opentelemetry=warn"));
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_filter(filter);
@@ -278,7 +276,7 @@ impl ConntrackGuard {
 
     /// Where Prometheus can scrape; none when that is off.
     #[cfg(feature = "prometheus")]
-    pub fn prometheus_addr(&self) -> Option<SocketAddr> {
+    pub fn prometheus_addr(&self) -> Option<std::net::SocketAddr> {
         self.prometheus
             .as_ref()
             .map(crate::telemetry::prometheus::Serving::address)

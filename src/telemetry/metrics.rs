@@ -14,10 +14,10 @@
 //!   overflow (at 2 000) would lose.
 //! - A panicking callback would kill the SDK's reader thread, so panics are caught.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::hash::{BuildHasherDefault, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use opentelemetry::metrics::{Histogram, Meter};
 use opentelemetry::{KeyValue, StringValue, Value};
@@ -25,7 +25,7 @@ use opentelemetry::{KeyValue, StringValue, Value};
 use crate::event::{Direction, FailureReason, IoLayer, ProtocolVersion, Target};
 use crate::record::connection::{Connection, Phase, PhaseKind};
 use crate::record::recorder::{OTHER, Sink};
-use crate::record::stats::{ScopeStats, Stats};
+use crate::record::stats::{Drops, ScopeStats, Stats};
 use crate::record::{Recorder, lock};
 use crate::telemetry::names::{self, Metric};
 
@@ -38,6 +38,8 @@ struct Labels {
     name: Option<Arc<str>>,
     direction: Option<Direction>,
     host: Option<Host>,
+    /// The name that was looked up.
+    question: Option<Arc<str>>,
     version: Option<&'static str>,
     /// Any further attribute with a fixed list of values.
     facts: [Option<(&'static str, &'static str)>; 2],
@@ -100,6 +102,7 @@ impl Labels {
             name: self.name.as_ref().map(|_| OTHER.into()),
             direction: self.direction,
             host: self.host.as_ref().map(|_| Host::other()),
+            question: self.question.as_ref().map(|_| OTHER.into()),
             version: None,
             facts: self.facts,
         }
@@ -122,6 +125,9 @@ impl Labels {
             if let Some(scheme) = &host.scheme {
                 attributes.push(KeyValue::new(names::URL_SCHEME, text(scheme)));
             }
+        }
+        if let Some(question) = &self.question {
+            attributes.push(KeyValue::new(names::DNS_QUESTION, text(question)));
         }
         if let Some(version) = self.version {
             attributes.push(KeyValue::new(names::PROTOCOL_VERSION, version));
@@ -412,7 +418,7 @@ pub(crate) fn observe(meter: &Meter, recorder: &Recorder) {
 
 /// The histograms of every meter, recorded when a set-up ends and when a connection is closed.
 pub(crate) struct Histograms {
-    recorder: std::sync::Weak<crate::record::stats::Drops>,
+    drops: Arc<Drops>,
     connection_duration: Bounded,
     duration: Bounded,
     setup: Bounded,
@@ -426,7 +432,52 @@ pub(crate) struct Histograms {
 /// One histogram on every meter, with a bound on its label sets.
 struct Bounded {
     instruments: Vec<Histogram<f64>>,
-    admitted: Mutex<Admitted>,
+    known: Mutex<Known>,
+}
+
+/// The label sets of a histogram, ready to be recorded.
+#[derive(Default)]
+struct Known {
+    admitted: Admitted,
+    by_key: HashMap<Key, Arc<[KeyValue]>, BuildHasherDefault<KeyHasher>>,
+}
+
+/// What tells the label sets of one histogram apart, in few bytes: the scope, the host's slot in
+/// it, and one small fact (a reason, a version).
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Key {
+    scope: u32,
+    slot: u32,
+    fact: u16,
+}
+
+impl std::hash::Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(
+            u64::from(self.scope) << 48 ^ u64::from(self.fact) << 32 ^ u64::from(self.slot),
+        );
+    }
+}
+
+/// Multiplicative hashing is enough for keys that nobody outside chooses.
+#[derive(Default)]
+struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(u64::from(*byte));
+        }
+    }
+
+    fn write_u64(&mut self, n: u64) {
+        let mixed = (self.0 ^ n).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = mixed ^ (mixed >> 32);
+    }
 }
 
 impl Bounded {
@@ -448,7 +499,7 @@ impl Bounded {
             .collect();
         Self {
             instruments,
-            admitted: Mutex::default(),
+            known: Mutex::default(),
         }
     }
 }
@@ -457,7 +508,7 @@ impl Histograms {
     pub(crate) fn new(meters: &[Meter], recorder: &Recorder) -> Self {
         let new = |metric| Bounded::new(metric, meters);
         Self {
-            recorder: Arc::downgrade(recorder.drops()),
+            drops: recorder.drops().clone(),
             connection_duration: new(&names::CONNECTION_DURATION),
             duration: new(&names::DURATION),
             setup: new(&names::SETUP_DURATION),
@@ -469,14 +520,26 @@ impl Histograms {
         }
     }
 
-    fn record(&self, histogram: &Bounded, labels: Labels, value: f64) {
-        let (labels, folded) = lock(&histogram.admitted).admit(labels);
-        if folded {
-            if let Some(drops) = self.recorder.upgrade() {
-                drops.label_sets(1);
+    /// Records a value; `labels` is asked for when this label set is new.
+    fn record(&self, histogram: &Bounded, key: Key, value: f64, labels: impl FnOnce() -> Labels) {
+        let (attributes, folded) = {
+            let mut known = lock(&histogram.known);
+            match known.by_key.get(&key) {
+                Some(attributes) => (attributes.clone(), false),
+                None => {
+                    let (labels, folded) = known.admitted.admit(labels());
+                    let attributes: Arc<[KeyValue]> = labels.attributes().into();
+                    // A set without a place of its own is not remembered either.
+                    if !folded {
+                        known.by_key.insert(key, attributes.clone());
+                    }
+                    (attributes, folded)
+                }
             }
+        };
+        if folded {
+            self.drops.label_sets(1);
         }
-        let attributes = labels.attributes();
         for instrument in &histogram.instruments {
             instrument.record(value, &attributes);
         }
@@ -500,6 +563,19 @@ fn error(labels: Labels, error: Option<FailureReason>) -> Labels {
     }
 }
 
+fn key(connection: &Connection, fact: usize) -> Key {
+    let scope = connection.scope.ordinal;
+    Key {
+        scope,
+        slot: connection.host_slot,
+        fact: fact as u16,
+    }
+}
+
+fn error_key(connection: &Connection, error: Option<FailureReason>) -> Key {
+    key(connection, error.map_or(0, |reason| reason.index() + 1))
+}
+
 impl Sink for Histograms {
     fn setup_finished(
         &self,
@@ -511,45 +587,40 @@ impl Sink for Histograms {
         if !scope.metrics() || scope.direction == Direction::Inbound {
             return;
         }
-        let labels = Labels::name(&scope.name).host(host(connection, false));
+        let labels = || Labels::name(&scope.name).host(host(connection, false));
         let took = match (connection.ends.get(), connection.failed.get()) {
             (Some(ends), _) => ends.usable_at,
             (None, Some((_, at))) => *at,
             (None, None) => connection.elapsed(),
         };
-        self.record(
-            &self.setup,
-            error(labels.clone(), outcome.err()),
-            took.as_secs_f64(),
-        );
+        let failed = outcome.err();
+        let setup = error_key(connection, failed);
+        self.record(&self.setup, setup, took.as_secs_f64(), || {
+            error(labels(), failed)
+        });
         for phase in phases {
             let took = phase
                 .to
                 .unwrap_or(phase.from)
                 .saturating_sub(phase.from)
                 .as_secs_f64();
+            let key = error_key(connection, phase.error);
+            let labels = || error(labels(), phase.error);
             match &phase.kind {
                 PhaseKind::Dns { host, .. } => {
-                    // The conventions give it the question for its only name.
-                    let question = if connection.host_slot == 0 {
-                        OTHER.into()
-                    } else {
-                        host.clone()
+                    let question = || {
+                        let other = connection.host_slot == 0;
+                        let question = if other { OTHER.into() } else { host.clone() };
+                        let labels = Labels {
+                            question: Some(question),
+                            ..Labels::default()
+                        };
+                        error(labels, phase.error)
                     };
-                    let question = Host {
-                        address: question,
-                        port: None,
-                        scheme: None,
-                    };
-                    let labels = Labels::default().host(Some(question));
-                    self.record_dns(error(labels, phase.error), took);
+                    self.record(&self.dns, key, took, question);
                 }
-                PhaseKind::Connect { .. } => {
-                    self.record(&self.tcp, error(labels.clone(), phase.error), took);
-                }
-                PhaseKind::Tls { .. } => {
-                    self.record(&self.tls, error(labels.clone(), phase.error), took);
-                }
+                PhaseKind::Connect { .. } => self.record(&self.tcp, key, took, labels),
+                PhaseKind::Tls { .. } => self.record(&self.tls, key, took, labels),
             }
         }
     }
@@ -559,52 +630,42 @@ impl Sink for Histograms {
         let Some(close) = connection.closed.get().filter(|_| scope.metrics()) else {
             return;
         };
-        let seconds = |duration: Duration| duration.as_secs_f64();
-        let age = seconds(connection.age_at(close.at));
+        let age = connection.age_at(close.at).as_secs_f64();
         let reason = close.reason.as_str();
-        let labels = Labels {
-            direction: Some(scope.direction),
-            ..Labels::name(&scope.name)
+        let by_name = Key {
+            slot: 0,
+            ..key(connection, close.reason.index())
         };
-        self.record(&self.duration, labels.fact(names::REASON, reason), age);
-        let http = connection
+        self.record(&self.duration, by_name, age, || {
+            let labels = Labels {
+                direction: Some(scope.direction),
+                ..Labels::name(&scope.name)
+            };
+            labels.fact(names::REASON, reason)
+        });
+        let version = connection.protocol();
+        if connection
             .target
             .as_ref()
-            .is_some_and(|target| target.scheme.is_some());
-        if http {
-            let labels = Labels {
+            .is_some_and(|target| target.scheme.is_some())
+        {
+            let by_version = key(connection, ProtocolVersion::slot(version));
+            self.record(&self.connection_duration, by_version, age, || Labels {
                 host: host(connection, true),
-                version: connection.protocol().map(ProtocolVersion::as_str),
+                version: version.map(ProtocolVersion::as_str),
                 ..Labels::default()
-            };
-            self.record(&self.connection_duration, labels, age);
+            });
         }
-        let labels = Labels::name(&scope.name).host(host(connection, false));
+        let labels = || Labels::name(&scope.name).host(host(connection, false));
         let requests = connection.requests();
         if requests > 0 || close.idle.is_some() {
-            self.record(&self.requests, labels.clone(), requests as f64);
+            self.record(&self.requests, key(connection, 0), requests as f64, labels);
         }
         if let Some(idle) = close.idle {
-            self.record(
-                &self.idle_time,
-                labels.fact(names::REASON, reason),
-                seconds(idle),
-            );
-        }
-    }
-}
-
-impl Histograms {
-    fn record_dns(&self, labels: Labels, seconds: f64) {
-        let (labels, _) = lock(&self.dns.admitted).admit(labels);
-        let mut attributes = labels.attributes();
-        for attribute in &mut attributes {
-            if attribute.key.as_str() == names::SERVER_ADDRESS {
-                attribute.key = names::DNS_QUESTION.into();
-            }
-        }
-        for instrument in &self.dns.instruments {
-            instrument.record(seconds, &attributes);
+            let by_reason = key(connection, close.reason.index());
+            self.record(&self.idle_time, by_reason, idle.as_secs_f64(), || {
+                labels().fact(names::REASON, reason)
+            });
         }
     }
 }

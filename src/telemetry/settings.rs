@@ -192,7 +192,9 @@ pub(crate) struct Plan {
     pub(crate) bsp: BspSettings,
     pub(crate) metric_interval: Duration,
     pub(crate) temporality: Temporality,
+    #[cfg(feature = "prometheus")]
     pub(crate) prometheus: Option<SocketAddr>,
+    #[cfg(feature = "prometheus")]
     pub(crate) go_conntrack_names: bool,
     pub(crate) subscriber: bool,
     pub(crate) shutdown: Duration,
@@ -322,7 +324,9 @@ impl InitSettings {
             bsp: env.bsp()?,
             metric_interval,
             temporality,
+            #[cfg(feature = "prometheus")]
             prometheus,
+            #[cfg(feature = "prometheus")]
             go_conntrack_names: self.go_conntrack_names,
             subscriber: self.subscriber.unwrap_or(true),
             shutdown,

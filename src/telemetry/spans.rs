@@ -7,16 +7,17 @@
 //! - the **life** span, its child, written at the close, once; at shutdown for what is still open;
 //! - **checkpoint** spans, its children, for what stays open for long.
 //!
-//! All attributes are given at the start, so that samplers and processors see them. A connection's
-//! trace never has a request for a parent: its context is made from nothing.
+//! What a sampler may want to know (which connection, its totals, how it ended) is given at the
+//! start; what only describes (addresses, TLS, the timeline) is added to spans that record. A
+//! connection's trace never has a request for a parent: its context is made from nothing.
 
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
-use opentelemetry::global::BoxedTracer;
+use opentelemetry::global::{BoxedSpan, BoxedTracer};
 use opentelemetry::trace::{
-    Event, Span as _, SpanBuilder, SpanKind, Status, TraceContextExt, Tracer as _,
+    Span as _, SpanBuilder, SpanKind, Status, TraceContextExt, Tracer as _,
 };
 use opentelemetry::{Array, Context, KeyValue, StringValue, Value};
 
@@ -44,6 +45,7 @@ impl SpanWriter {
         }
     }
 
+    /// Starts a span and ends it. `describe` is asked only if it records.
     fn write(
         &self,
         connection: &Connection,
@@ -51,12 +53,16 @@ impl SpanWriter {
         span: SpanBuilder,
         end: Duration,
         error: Option<FailureReason>,
-    ) -> opentelemetry::global::BoxedSpan {
+        describe: impl FnOnce(&mut BoxedSpan),
+    ) -> BoxedSpan {
         let mut span = self.tracer.build_with_context(span, context);
-        if let Some(reason) = error {
-            span.set_status(Status::error(reason.as_str()));
+        if span.is_recording() {
+            if let Some(reason) = error {
+                span.set_status(Status::error(reason.as_str()));
+            }
+            describe(&mut span);
+            span.end_with_timestamp(connection.wall(end));
         }
-        span.end_with_timestamp(connection.wall(end));
         span
     }
 
@@ -86,7 +92,7 @@ impl SpanWriter {
                     server_name.to_string(),
                 )];
                 if phase.error.is_none() {
-                    tls(connection, &mut attributes);
+                    attributes.extend(tls(connection));
                 }
                 (format!("tls handshake {server_name}"), attributes)
             }
@@ -95,13 +101,8 @@ impl SpanWriter {
             attributes.push(KeyValue::new(names::ERROR_TYPE, reason.as_str()));
         }
         let span = builder(name, connection, phase.from, attributes);
-        self.write(
-            connection,
-            context,
-            span,
-            phase.to.unwrap_or(phase.from),
-            phase.error,
-        );
+        let end = phase.to.unwrap_or(phase.from);
+        self.write(connection, context, span, end, phase.error, |_| {});
     }
 
     /// Writes the life span unless it was written; `at` is the close, or now.
@@ -110,7 +111,6 @@ impl SpanWriter {
             return false;
         }
         let mut attributes = identity(connection);
-        ends(connection, &mut attributes);
         totals(connection, &mut attributes);
         match connection.closed.get() {
             Some(close) => {
@@ -128,36 +128,35 @@ impl SpanWriter {
             }
             None => attributes.push(KeyValue::new(names::CONNECTION_OPEN, true)),
         }
-        let timeline = connection.timeline();
-        if timeline.dropped() > 0 {
-            attributes.push(KeyValue::new(
-                names::TIMELINE_DROPPED,
-                timeline.dropped() as i64,
-            ));
-        }
-        let events = timeline
-            .entries()
-            .map(|entry| {
-                Event::new(
-                    entry.moment.as_str(),
-                    connection.wall(entry.at),
-                    Vec::new(),
-                    0,
-                )
-            })
-            .collect();
         let from = connection
             .ends
             .get()
             .map_or(Duration::ZERO, |ends| ends.usable_at);
         let span = builder(
-            format!("connection {}", subject(connection)),
+            name("connection ", connection),
             connection,
             from,
             attributes,
-        )
-        .with_events(events);
-        self.write(connection, &Self::context(connection), span, at, None);
+        );
+        self.write(
+            connection,
+            &Self::context(connection),
+            span,
+            at,
+            None,
+            |span| {
+                span.set_attributes(ends(connection));
+                let timeline = connection.timeline();
+                if timeline.dropped() > 0 {
+                    let dropped = timeline.dropped() as i64;
+                    span.set_attribute(KeyValue::new(names::TIMELINE_DROPPED, dropped));
+                }
+                for entry in timeline.entries() {
+                    let at = connection.wall(entry.at);
+                    span.add_event_with_timestamp(entry.moment.as_str(), at, Vec::new());
+                }
+            },
+        );
         true
     }
 
@@ -182,7 +181,14 @@ impl SpanWriter {
             ));
         }
         let span = builder(names::CHECKPOINT, connection, from, attributes);
-        self.write(connection, &Self::context(connection), span, now, None);
+        self.write(
+            connection,
+            &Self::context(connection),
+            span,
+            now,
+            None,
+            |_| {},
+        );
     }
 }
 
@@ -197,8 +203,6 @@ impl Sink for SpanWriter {
             return;
         }
         let mut attributes = identity(connection);
-        ends(connection, &mut attributes);
-        tls(connection, &mut attributes);
         let end = match (outcome, connection.ends.get(), connection.failed.get()) {
             (Ok(()), Some(ends), _) => ends.usable_at,
             (_, _, Some((_, at))) => *at,
@@ -208,9 +212,12 @@ impl Sink for SpanWriter {
         if let Some(reason) = error {
             attributes.push(KeyValue::new(names::ERROR_TYPE, reason.as_str()));
         }
-        let name = format!("connection_setup {}", subject(connection));
+        let name = name("connection_setup ", connection);
         let span = builder(name, connection, Duration::ZERO, attributes);
-        let span = self.write(connection, &Context::new(), span, end, error);
+        let span = self.write(connection, &Context::new(), span, end, error, |span| {
+            span.set_attributes(ends(connection));
+            span.set_attributes(tls(connection));
+        });
         let context = span.span_context();
         if !context.is_valid() {
             // The provider is shut down, or makes no ids: there is nothing to link to.
@@ -249,12 +256,15 @@ fn builder(
         .with_attributes(attributes)
 }
 
-/// What the connection is called in span names: the target, or the listener.
-fn subject(connection: &Connection) -> String {
+/// A span's name: what it is, and the target or the listener.
+fn name(what: &str, connection: &Connection) -> String {
+    let mut name = String::with_capacity(what.len() + 40);
+    name.push_str(what);
     match &connection.target {
-        Some(target) => target.to_string(),
-        None => connection.scope.name.to_string(),
+        Some(target) => target.push_to(&mut name),
+        None => name.push_str(&connection.scope.name),
     }
+    name
 }
 
 fn string(text: &Arc<str>) -> Value {
@@ -265,7 +275,7 @@ fn string(text: &Arc<str>) -> Value {
 fn identity(connection: &Connection) -> Vec<KeyValue> {
     let mut attributes = Vec::with_capacity(20);
     attributes.extend([
-        KeyValue::new(names::CONNECTION_ID, connection.id.to_string()),
+        KeyValue::new(names::CONNECTION_ID, connection.id.text()),
         KeyValue::new(names::NAME, string(&connection.scope.name)),
         KeyValue::new(names::DIRECTION, connection.scope.direction.as_str()),
     ]);
@@ -282,9 +292,10 @@ fn identity(connection: &Connection) -> Vec<KeyValue> {
 }
 
 /// Where it goes from and to. Spans only: addresses are no labels for metrics.
-fn ends(connection: &Connection, attributes: &mut Vec<KeyValue>) {
+fn ends(connection: &Connection) -> Vec<KeyValue> {
+    let mut attributes = Vec::with_capacity(6);
     let Some(ends) = connection.ends.get() else {
-        return;
+        return attributes;
     };
     match ends.peer.as_ref().or(ends.local.as_ref()) {
         Some(Endpoint::Ip(address)) => attributes.extend([
@@ -309,11 +320,13 @@ fn ends(connection: &Connection, attributes: &mut Vec<KeyValue>) {
             _ => {}
         }
     }
+    attributes
 }
 
-fn tls(connection: &Connection, attributes: &mut Vec<KeyValue>) {
+fn tls(connection: &Connection) -> Vec<KeyValue> {
+    let mut attributes = Vec::new();
     let Some(tls) = connection.tls.get() else {
-        return;
+        return attributes;
     };
     if let Some(version) = tls.version {
         attributes.push(KeyValue::new(names::TLS_VERSION, version));
@@ -329,6 +342,7 @@ fn tls(connection: &Connection, attributes: &mut Vec<KeyValue>) {
     if let Some(resumed) = tls.resumed {
         attributes.push(KeyValue::new(names::TLS_RESUMED, resumed));
     }
+    attributes
 }
 
 /// What it did so far.
