@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
 
-use http::{Extensions, Request, Response, Version};
+use http::{Extensions, Request, Response, StatusCode, Version};
 use http_body::{Body, Frame, SizeHint};
 use hyper_util::client::legacy::connect::{CaptureConnection, capture_connection};
 use pin_project_lite::pin_project;
@@ -83,6 +83,7 @@ where
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let capture = capture_connection(&mut request);
         let name = request.extensions().get::<DialName>().cloned();
+        let tunnel = request.method() == http::Method::CONNECT;
         let caller = Caller::current();
         let inner = self.inner.call(request);
         ResponseFuture {
@@ -90,6 +91,7 @@ where
             capture: Some(capture),
             caller,
             name,
+            tunnel,
             guard: None,
         }
     }
@@ -106,6 +108,8 @@ pin_project! {
         capture: Option<CaptureConnection>,
         caller: Caller,
         name: Option<DialName>,
+        // The request was a CONNECT.
+        tunnel: bool,
         guard: Option<RequestGuard>,
     }
 }
@@ -141,12 +145,30 @@ where
             *this.capture = None;
         }
         let response = ready!(polled)?;
-        if let Some(guard) = &this.guard
+        let mut guard = this.guard.take();
+        // hyper-util tries again by itself when a pooled connection turns out dead. The response says
+        // which connection it really came on.
+        if let Some(ConnectionRecord(connection)) = response.extensions().get()
+            && guard
+                .as_ref()
+                .is_none_or(|guard| !Arc::ptr_eq(guard.connection(), connection))
+        {
+            this.caller
+                .acquired(connection, connection.request_started());
+            guard = Some(RequestGuard::new(connection.clone()));
+        }
+        if let Some(guard) = &guard
             && let Some(version) = protocol(response.version())
         {
             guard.connection().set_protocol(version);
         }
-        let guard = this.guard.take();
+        let status = response.status();
+        let upgraded =
+            status == StatusCode::SWITCHING_PROTOCOLS || *this.tunnel && status.is_success();
+        if upgraded && let Some(guard) = guard.take() {
+            // The connection belongs to whoever asked for it now, until it is closed.
+            guard.stay_active();
+        }
         Poll::Ready(Ok(response.map(|body| {
             // A response without content ends with its head; nobody polls such a body.
             let guard = guard.filter(|_| !body.is_end_stream());

@@ -785,7 +785,7 @@ impl ConnectionRecord {
     #[must_use = "the request ends when the guard is dropped"]
     pub fn request_started(&self) -> RequestGuard {
         self.0.request_started();
-        RequestGuard(self.0.clone())
+        RequestGuard::new(self.0.clone())
     }
 
     /// Says which protocol version was settled.
@@ -812,11 +812,16 @@ impl fmt::Debug for ConnectionRecord {
 
 /// A request in flight on a connection; ends when dropped.
 /// From [`ConnectionRecord::request_started`].
-pub struct RequestGuard(Arc<Connection>);
+pub struct RequestGuard(Arc<Connection>, bool);
 
 impl RequestGuard {
     pub(crate) const fn new(connection: Arc<Connection>) -> Self {
-        Self(connection)
+        Self(connection, true)
+    }
+
+    /// The request ends with the connection: it was upgraded.
+    pub(crate) fn stay_active(mut self) {
+        self.1 = false;
     }
 
     pub(crate) const fn connection(&self) -> &Arc<Connection> {
@@ -826,7 +831,9 @@ impl RequestGuard {
 
 impl Drop for RequestGuard {
     fn drop(&mut self) {
-        self.0.request_finished();
+        if self.1 {
+            self.0.request_finished();
+        }
     }
 }
 

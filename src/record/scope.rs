@@ -41,8 +41,17 @@ const DECLARED: u8 = 1;
 const NO_SPANS: u8 = 2;
 const NO_METRICS: u8 = 4;
 
-/// Where a host's counts stand in its scope. Slot 0 is `_other`, or "no host" for a listener.
+/// Where a host's counts stand in its scope. The first [`OTHERS`] slots are `_other`, one for each
+/// kind of host, so that what is folded is still of one kind; a listener, which has no hosts, uses
+/// slot 0.
 pub(crate) type HostSlot = u32;
+
+/// HTTP or not, wire or plaintext.
+pub(crate) const OTHERS: usize = 4;
+
+fn other(http: bool, layer: IoLayer) -> HostSlot {
+    u32::from(http) << 1 | u32::from(layer == IoLayer::Plaintext)
+}
 
 pub(crate) struct Scope {
     pub(crate) direction: Direction,
@@ -150,7 +159,14 @@ impl Scope {
             state: Mutex::new(State {
                 sequence: 0,
                 counts: Counts::default(),
-                hosts: vec![(None, IoLayer::Wire, 0)],
+                hosts: [
+                    IoLayer::Wire,
+                    IoLayer::Plaintext,
+                    IoLayer::Wire,
+                    IoLayer::Plaintext,
+                ]
+                .map(|layer| (None, layer, 0))
+                .into(),
                 index: HashMap::new(),
                 folded: false,
                 pending: VecDeque::new(),
@@ -258,11 +274,11 @@ impl Scope {
         if let Some(slot) = state.index.get(&key) {
             return *slot;
         }
-        if state.hosts.len() > HOSTS_PER_NAME {
+        if state.hosts.len() >= HOSTS_PER_NAME + OTHERS {
             state.folded = true;
             drop(state);
             self.drops.label_sets(1);
-            return 0;
+            return other(target.scheme.is_some(), layer);
         }
         let slot = state.hosts.len() as HostSlot;
         state.hosts.push((Some(key.0.clone()), layer, 0));
@@ -323,7 +339,7 @@ impl Scope {
                 .iter()
                 .enumerate()
                 .map(|(slot, (target, layer, open))| {
-                    HostStats::new(target.clone(), *layer, slot == 0 && state.folded, *open)
+                    HostStats::new(target.clone(), *layer, slot, state.folded, *open)
                 }),
         );
         let mut states = vec![States::default(); state.hosts.len()];

@@ -9,7 +9,7 @@ use crate::event::{
     FailureReason, Initiator, IoLayer, ProtocolVersion, RejectReason, Target, TlsFacts, TraceRef,
 };
 use crate::record::Scope;
-use crate::record::scope::{Counts, States};
+use crate::record::scope::{Counts, OTHERS, States};
 use crate::record::timeline::TimelineEntry;
 
 /// What this crate counts of itself: everything bounded that overflowed.
@@ -168,8 +168,8 @@ pub struct ScopeStats {
     pub bytes_read: u64,
     /// Bytes written by all connections so far, likewise.
     pub bytes_written: u64,
-    /// By host, those that were learned; the first entry holds what has no host or none of its
-    /// own.
+    /// By host, those that were learned. The first four entries hold what has no host (inbound) or
+    /// none of its own: by HTTP or not, wire or plaintext.
     pub hosts: Vec<HostStats>,
     #[cfg_attr(feature = "serde", serde(skip))]
     pub(crate) metrics: bool,
@@ -184,6 +184,8 @@ pub struct HostStats {
     pub target: Option<Target>,
     /// The layer on which the bytes are counted.
     pub layer: IoLayer,
+    /// It is reached by HTTP: an HTTP connector asked for it.
+    pub http: bool,
     /// This is `_other`, the sum over hosts beyond the bound.
     pub folded: bool,
     /// Connections open.
@@ -286,11 +288,22 @@ impl ScopeStats {
 }
 
 impl HostStats {
-    pub(crate) fn new(target: Option<Target>, layer: IoLayer, folded: bool, open: u64) -> Self {
+    pub(crate) fn new(
+        target: Option<Target>,
+        layer: IoLayer,
+        slot: usize,
+        folded: bool,
+        open: u64,
+    ) -> Self {
+        let http = match &target {
+            Some(target) => target.scheme.is_some(),
+            None => slot >= OTHERS / 2,
+        };
         Self {
+            http,
+            folded: folded && target.is_none(),
             target,
             layer,
-            folded,
             open,
             by_version: Vec::new(),
             bytes_read: 0,

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use opentelemetry::propagation::TextMapCompositePropagator;
 use opentelemetry::trace::TracerProvider as _;
+use opentelemetry_sdk::error::OTelSdkError;
 use opentelemetry_sdk::metrics::SdkMeterProvider;
 use opentelemetry_sdk::propagation::{BaggagePropagator, TraceContextPropagator};
 use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider};
@@ -295,7 +296,6 @@ impl ConntrackGuard {
             std::iter::once(traces)
                 .chain(metrics)
                 .filter_map(Result::err)
-                .map(|e| e.to_string())
                 .collect()
         })
         .wait()
@@ -340,26 +340,14 @@ impl ConntrackGuard {
                 let outcomes = meters
                     .iter()
                     .map(|meter| meter.shutdown_with_timeout(left()));
-                outcomes
-                    .filter_map(Result::err)
-                    .map(|e| e.to_string())
-                    .collect::<Vec<_>>()
+                outcomes.filter_map(Result::err).collect::<Vec<_>>()
             });
             let mut failures = Vec::new();
             if let (Some(spans), Some(tracer)) = (spans, tracer) {
                 write_open(&conntrack, &spans, &tracer, queue, deadline);
-                failures.extend(
-                    tracer
-                        .shutdown_with_timeout(left())
-                        .err()
-                        .map(|e| e.to_string()),
-                );
+                failures.extend(tracer.shutdown_with_timeout(left()).err());
             }
-            failures.extend(
-                metrics
-                    .join()
-                    .unwrap_or_else(|_| vec!["a reader panicked".into()]),
-            );
+            failures.extend(metrics.join().unwrap_or_else(|_| vec![panicked()]));
             #[cfg(feature = "prometheus")]
             drop(prometheus);
             drop(runtime);
@@ -395,10 +383,14 @@ fn write_open(
     }
 }
 
+fn panicked() -> OTelSdkError {
+    OTelSdkError::InternalFailure("a metrics reader panicked".into())
+}
+
 /// Work on a thread of its own, with a deadline.
 struct Ending {
     bound: Duration,
-    blocking: mpsc::Receiver<Vec<String>>,
+    blocking: mpsc::Receiver<Vec<OTelSdkError>>,
     waiting: tokio::sync::oneshot::Receiver<()>,
 }
 
@@ -407,7 +399,7 @@ const GRACE: Duration = Duration::from_millis(250);
 
 fn in_thread(
     bound: Duration,
-    work: impl FnOnce(Instant) -> Vec<String> + Send + 'static,
+    work: impl FnOnce(Instant) -> Vec<OTelSdkError> + Send + 'static,
 ) -> Ending {
     let (result, blocking) = mpsc::channel();
     let (done, waiting) = tokio::sync::oneshot::channel();
@@ -446,16 +438,23 @@ impl Ending {
 
     fn outcome(
         &self,
-        outcome: Result<Vec<String>, mpsc::RecvTimeoutError>,
+        outcome: Result<Vec<OTelSdkError>, mpsc::RecvTimeoutError>,
     ) -> Result<(), ShutdownError> {
         match outcome {
             Ok(failures) if failures.is_empty() => Ok(()),
-            Ok(failures) if failures.iter().any(|failure| failure.contains("timed out")) => {
+            Ok(failures)
+                if failures
+                    .iter()
+                    .any(|f| matches!(f, OTelSdkError::Timeout(_))) =>
+            {
                 Err(ShutdownError::Timeout { bound: self.bound })
             }
-            Ok(failures) => Err(ShutdownError::Failed {
-                what: failures.join("; "),
-            }),
+            Ok(failures) => {
+                let what: Vec<_> = failures.iter().map(ToString::to_string).collect();
+                Err(ShutdownError::Failed {
+                    what: what.join("; "),
+                })
+            }
             Err(mpsc::RecvTimeoutError::Timeout) => {
                 Err(ShutdownError::Timeout { bound: self.bound })
             }

@@ -25,6 +25,7 @@ use opentelemetry::{KeyValue, StringValue, Value};
 use crate::event::{Direction, FailureReason, IoLayer, ProtocolVersion, Target};
 use crate::record::connection::{Connection, Phase, PhaseKind};
 use crate::record::recorder::{OTHER, Sink};
+use crate::record::scope::OTHERS;
 use crate::record::stats::{Drops, ScopeStats, Stats};
 use crate::record::{Recorder, lock};
 use crate::telemetry::names::{self, Metric};
@@ -241,11 +242,7 @@ fn each<'a>(stats: &'a Stats, direction: Direction, f: impl FnMut(&'a ScopeStats
 
 fn open_connections(stats: &Stats, sums: &mut Sums) {
     for host in scopes(stats).flat_map(|scope| &scope.hosts) {
-        let http = host
-            .target
-            .as_ref()
-            .is_some_and(|target| target.scheme.is_some());
-        if !http && !host.folded {
+        if !host.http {
             continue;
         }
         let server = host
@@ -295,8 +292,9 @@ fn io(stats: &Stats, sums: &mut Sums) {
     for scope in scopes(stats) {
         for (slot, host) in scope.hosts.iter().enumerate() {
             let outbound = scope.direction == Direction::Outbound;
-            if outbound && slot == 0 && !host.folded {
-                // Nobody is in `_other`.
+            let nothing = host.bytes_read == 0 && host.bytes_written == 0;
+            if slot < OTHERS && nothing && (outbound || slot > 0) {
+                // Nobody is in this `_other`.
                 continue;
             }
             let server = match &host.target {
@@ -546,13 +544,18 @@ impl Histograms {
     }
 }
 
+/// Whether the connection's host has no place of its own.
+fn folded(connection: &Connection) -> bool {
+    (connection.host_slot as usize) < OTHERS
+}
+
 /// The host of a connection, `_other` if it has no slot of its own.
 fn host(connection: &Connection, scheme: bool) -> Option<Host> {
     let target = connection.target.as_ref()?;
-    Some(match (connection.host_slot, scheme) {
-        (0, _) => Host::other(),
-        (_, true) => Host::with_scheme(target),
-        (_, false) => Host::of(target),
+    Some(match (folded(connection), scheme) {
+        (true, _) => Host::other(),
+        (false, true) => Host::with_scheme(target),
+        (false, false) => Host::of(target),
     })
 }
 
@@ -609,7 +612,7 @@ impl Sink for Histograms {
             match &phase.kind {
                 PhaseKind::Dns { host, .. } => {
                     let question = || {
-                        let other = connection.host_slot == 0;
+                        let other = folded(connection);
                         let question = if other { OTHER.into() } else { host.clone() };
                         let labels = Labels {
                             question: Some(question),
