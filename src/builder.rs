@@ -9,6 +9,7 @@ use std::sync::Arc;
 #[cfg(feature = "otel")]
 use std::time::Duration;
 
+use crate::config::ConfigError;
 use crate::conntrack::Conntrack;
 use crate::observer::{Composed, Observer};
 use crate::record::Recorder;
@@ -18,86 +19,6 @@ use crate::record::stats::Drops;
 const HISTORY: usize = 256;
 /// And at most.
 const LONGEST_HISTORY: usize = 1_000_000;
-/// How long a name may be, in bytes.
-const LONGEST_NAME: usize = 100;
-
-/// A setting that can't be used: which one, its value, and the way out.
-#[derive(Debug)]
-pub struct ConfigError {
-    setting: String,
-    value: String,
-    help: String,
-    source: Option<Box<dyn std::error::Error + Send + Sync>>,
-}
-
-impl ConfigError {
-    pub(crate) fn new(setting: &str, value: &str, help: &str) -> Self {
-        // A value may come from anywhere; its beginning is enough to know it by.
-        let mut value: String = value.chars().take(200).collect();
-        if value.len() < 200 {
-            value.shrink_to_fit();
-        }
-        Self {
-            setting: setting.to_owned(),
-            value,
-            help: help.to_owned(),
-            source: None,
-        }
-    }
-
-    #[allow(dead_code)] // by features
-    pub(crate) fn with_source(
-        mut self,
-        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
-    ) -> Self {
-        self.source = Some(source.into());
-        self
-    }
-
-    /// The setting: a builder's method or an environment variable.
-    pub fn setting(&self) -> &str {
-        &self.setting
-    }
-
-    /// Its value; never a secret.
-    pub fn value(&self) -> &str {
-        &self.value
-    }
-}
-
-impl fmt::Display for ConfigError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} = {:?} can't be used: {}",
-            self.setting, self.value, self.help
-        )?;
-        match &self.source {
-            Some(source) => write!(f, " ({source})"),
-            None => Ok(()),
-        }
-    }
-}
-
-impl std::error::Error for ConfigError {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.source.as_ref().map(|source| &**source as _)
-    }
-}
-
-/// A name becomes an attribute's value and a label, so it must be fit for both.
-pub(crate) fn valid_name(setting: &str, name: &str) -> Result<(), ConfigError> {
-    let help = if name.is_empty() {
-        "a name can't be empty; give the name that you want to see in traces and metrics"
-    } else if name.len() > LONGEST_NAME {
-        "a name can't be longer than 100 bytes; give a shorter one"
-    } else if name.chars().any(char::is_control) {
-        "a name can't have control characters; leave them out"
-    } else {
-        return Ok(());
-    };
-    Err(ConfigError::new(setting, name, help))
-}
 
 /// Sets a [`Conntrack`] up. From [`Conntrack::builder`].
 ///
@@ -340,20 +261,6 @@ impl fmt::Debug for Builder {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn bad_names_are_errors_that_say_which_and_why() {
-        for (name, word) in [
-            ("", "empty"),
-            (&*"x".repeat(101), "100 bytes"),
-            ("a\nb", "control"),
-        ] {
-            let error = valid_name("listener name", name).unwrap_err();
-            assert_eq!(error.setting(), "listener name");
-            assert!(error.to_string().contains(word), "{error}");
-        }
-        assert!(valid_name("listener name", &"é".repeat(50)).is_ok());
-    }
 
     #[test]
     fn a_history_beyond_reason_is_refused() {

@@ -3,7 +3,8 @@
 use std::future::Future;
 use std::sync::Arc;
 
-use crate::builder::{Builder, ConfigError, valid_name};
+use crate::builder::Builder;
+use crate::config::{ConfigError, valid_name};
 use crate::event::{Direction, Endpoint, Target};
 use crate::io::{Endpoints, TrackedIo};
 use crate::outbound::track;

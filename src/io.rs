@@ -18,7 +18,7 @@ use pin_project_lite::pin_project;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::event::Endpoint;
-use crate::record::connection::{ConnectionGuard, ConnectionRecord};
+use crate::record::handle::{ConnectionGuard, ConnectionRecord};
 
 pin_project! {
     /// A tracked stream. It reads and writes like the stream inside.

@@ -80,6 +80,7 @@
 )]
 
 mod builder;
+mod config;
 mod conntrack;
 pub mod event;
 #[cfg(feature = "net")]
@@ -93,7 +94,8 @@ mod socket;
 #[cfg(feature = "otel")]
 mod telemetry;
 
-pub use builder::{Builder, ConfigError};
+pub use builder::Builder;
+pub use config::ConfigError;
 pub use conntrack::{Conntrack, TrackError};
 #[doc(no_inline)]
 pub use event::{
@@ -118,7 +120,7 @@ pub use outbound::http_dialer::HttpIo;
 pub use outbound::name::DialName;
 #[cfg(feature = "net")]
 pub use outbound::resolve::{Resolve, Resolving, SystemResolver};
-pub use record::connection::{ConnectionRecord, RequestGuard};
+pub use record::handle::{ConnectionRecord, RequestGuard};
 pub use record::stats::{ConnectionSnapshot, Dropped, HostStats, ScopeStats, Stats};
 pub use record::timeline::{Moment, TimelineEntry};
 #[cfg(feature = "net")]

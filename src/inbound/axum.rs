@@ -5,7 +5,7 @@ use axum::serve::IncomingStream;
 
 use crate::inbound::listener::{Accept, Listener};
 use crate::io::TrackedIo;
-use crate::record::connection::ConnectionRecord;
+use crate::record::handle::ConnectionRecord;
 
 /// ```no_run
 /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {

@@ -17,7 +17,7 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream, ToSocketAddrs};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::builder::{ConfigError, valid_name};
+use crate::config::{ConfigError, Declaration};
 use crate::event::{AcceptErrorReason, Direction, Endpoint, RejectReason};
 use crate::io::{Endpoints, TrackedIo};
 use crate::record::{Recorder, Scope};
@@ -136,10 +136,7 @@ pub enum WhenFull {
 #[derive(Debug)]
 #[must_use = "call `bind()` or `wrap()`"]
 pub struct ListenerBuilder {
-    recorder: Recorder,
-    name: String,
-    spans: Option<bool>,
-    metrics: Option<bool>,
+    declaration: Declaration,
     options: SocketOptions,
     max_connections: Option<usize>,
     when_full: WhenFull,
@@ -148,10 +145,7 @@ pub struct ListenerBuilder {
 impl ListenerBuilder {
     pub(crate) fn new(recorder: Recorder, name: &str) -> Self {
         Self {
-            recorder,
-            name: name.to_owned(),
-            spans: None,
-            metrics: None,
+            declaration: Declaration::new(recorder, name),
             options: SocketOptions::default(),
             max_connections: None,
             when_full: WhenFull::Wait,
@@ -160,13 +154,13 @@ impl ListenerBuilder {
 
     /// Whether this name's connections get spans. Default: on, if the `Conntrack` has a tracer.
     pub const fn spans(mut self, on: bool) -> Self {
-        self.spans = Some(on);
+        self.declaration.spans(on);
         self
     }
 
     /// Whether this name's connections are in the metrics. Default: on. `stats()` has them anyway.
     pub const fn metrics(mut self, on: bool) -> Self {
-        self.metrics = Some(on);
+        self.declaration.metrics(on);
         self
     }
 
@@ -235,7 +229,6 @@ impl ListenerBuilder {
     /// When the name is empty, longer than 100 bytes or has control characters, or a setting can't
     /// be.
     pub fn wrap<L: Accept>(self, listener: L) -> Result<Listener<L>, ConfigError> {
-        valid_name("listener name", &self.name)?;
         if let Some(keepalive) = self.options.keepalive {
             keepalive.check("listener keepalive")?;
         }
@@ -250,16 +243,12 @@ impl ListenerBuilder {
             }
             None => None,
         };
-        let scope = self.recorder.declared(Direction::Inbound, &self.name);
-        if let Some(on) = self.spans {
-            scope.set_spans(on);
-        }
-        if let Some(on) = self.metrics {
-            scope.set_metrics(on);
-        }
+        let scope = self
+            .declaration
+            .scope(Direction::Inbound, "listener name")?;
         Ok(Listener {
             inner: listener,
-            recorder: self.recorder,
+            recorder: self.declaration.recorder,
             scope,
             options: self.options,
             places,

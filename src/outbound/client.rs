@@ -25,7 +25,7 @@ use tower_service::Service;
 use crate::event::ProtocolVersion;
 use crate::outbound::name::DialName;
 use crate::record::Connection;
-use crate::record::connection::{ConnectionRecord, RequestGuard, watch_clones};
+use crate::record::handle::{ConnectionRecord, RequestGuard, watch_clones};
 
 /// A layer over the client that uses a tracked connector. From
 /// [`Connector::request_layer`](crate::Connector::request_layer) or

@@ -16,7 +16,7 @@ use http::{Extensions, Uri};
 use hyper_util::client::legacy::connect::{Connected, Connection, HttpInfo};
 use tower_service::Service;
 
-use crate::builder::{ConfigError, valid_name};
+use crate::config::{ConfigError, Declaration};
 use crate::event::{Direction, Endpoint, IoLayer, ProtocolVersion, Target};
 use crate::io::TrackedIo;
 use crate::outbound::client::RequestLayer;
@@ -30,33 +30,27 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 #[derive(Debug)]
 #[must_use = "call `wrap()`"]
 pub struct ConnectorBuilder {
-    recorder: Recorder,
-    name: String,
-    spans: Option<bool>,
-    metrics: Option<bool>,
+    declaration: Declaration,
     below_tls: bool,
 }
 
 impl ConnectorBuilder {
     pub(crate) fn new(recorder: Recorder, name: &str) -> Self {
         Self {
-            recorder,
-            name: name.to_owned(),
-            spans: None,
-            metrics: None,
+            declaration: Declaration::new(recorder, name),
             below_tls: false,
         }
     }
 
     /// Whether this name's connections get spans. Default: on, if the `Conntrack` has a tracer.
     pub const fn spans(mut self, on: bool) -> Self {
-        self.spans = Some(on);
+        self.declaration.spans(on);
         self
     }
 
     /// Whether this name's connections are in the metrics. Default: on. `stats()` has them anyway.
     pub const fn metrics(mut self, on: bool) -> Self {
-        self.metrics = Some(on);
+        self.declaration.metrics(on);
         self
     }
 
@@ -74,16 +68,11 @@ impl ConnectorBuilder {
     ///
     /// When the name is empty, longer than 100 bytes or has control characters.
     pub fn wrap<C>(self, connector: C) -> Result<Connector<C>, ConfigError> {
-        valid_name("connector name", &self.name)?;
-        let scope = self.recorder.declared(Direction::Outbound, &self.name);
-        if let Some(on) = self.spans {
-            scope.set_spans(on);
-        }
-        if let Some(on) = self.metrics {
-            scope.set_metrics(on);
-        }
+        let scope = self
+            .declaration
+            .scope(Direction::Outbound, "connector name")?;
         let shared = Shared {
-            recorder: self.recorder,
+            recorder: self.declaration.recorder,
             scope,
             below_tls: self.below_tls,
             requests_seen: Arc::default(),

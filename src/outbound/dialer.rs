@@ -14,7 +14,7 @@ use std::time::Duration;
 use socket2::SockRef;
 use tokio::net::{TcpSocket, TcpStream};
 
-use crate::builder::{ConfigError, valid_name};
+use crate::config::{ConfigError, Declaration};
 use crate::event::IoLayer;
 use crate::event::{Direction, FailureReason, Target};
 use crate::io::{Endpoints, TrackedIo};
@@ -34,10 +34,7 @@ const ANSWERS: usize = 16;
 /// Sets a [`Dialer`] up. From [`Conntrack::dialer`](crate::Conntrack::dialer).
 #[must_use = "call `build()`"]
 pub struct DialerBuilder {
-    recorder: Recorder,
-    name: String,
-    spans: Option<bool>,
-    metrics: Option<bool>,
+    declaration: Declaration,
     options: Options,
 }
 
@@ -60,10 +57,7 @@ struct Options {
 impl DialerBuilder {
     pub(crate) fn new(recorder: Recorder, name: &str) -> Self {
         Self {
-            recorder,
-            name: name.to_owned(),
-            spans: None,
-            metrics: None,
+            declaration: Declaration::new(recorder, name),
             options: Options {
                 resolver: Arc::new(SystemResolver),
                 timeout: Some(Duration::from_secs(30)),
@@ -82,13 +76,13 @@ impl DialerBuilder {
 
     /// Whether this name's connections get spans. Default: on, if the `Conntrack` has a tracer.
     pub const fn spans(mut self, on: bool) -> Self {
-        self.spans = Some(on);
+        self.declaration.spans(on);
         self
     }
 
     /// Whether this name's connections are in the metrics. Default: on. `stats()` has them anyway.
     pub const fn metrics(mut self, on: bool) -> Self {
-        self.metrics = Some(on);
+        self.declaration.metrics(on);
         self
     }
 
@@ -167,7 +161,6 @@ impl DialerBuilder {
     /// When the name is empty, longer than 100 bytes or has control characters, or when a time is
     /// zero.
     pub fn build(self) -> Result<Dialer, ConfigError> {
-        valid_name("dialer name", &self.name)?;
         if self.options.timeout == Some(Duration::ZERO) {
             return Err(ConfigError::new(
                 "dialer timeout",
@@ -185,15 +178,9 @@ impl DialerBuilder {
         if let Some(keepalive) = self.options.keepalive {
             keepalive.check("dialer keepalive")?;
         }
-        let scope = self.recorder.declared(Direction::Outbound, &self.name);
-        if let Some(on) = self.spans {
-            scope.set_spans(on);
-        }
-        if let Some(on) = self.metrics {
-            scope.set_metrics(on);
-        }
+        let scope = self.declaration.scope(Direction::Outbound, "dialer name")?;
         Ok(Dialer {
-            recorder: self.recorder,
+            recorder: self.declaration.recorder,
             scope,
             options: self.options,
             #[cfg(feature = "hyper")]
@@ -205,7 +192,7 @@ impl DialerBuilder {
 impl fmt::Debug for DialerBuilder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DialerBuilder")
-            .field("name", &self.name)
+            .field("declaration", &self.declaration)
             .finish_non_exhaustive()
     }
 }

@@ -8,7 +8,7 @@ use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
 
-use crate::builder::{ConfigError, valid_name};
+use crate::config::{ConfigError, valid_name};
 use crate::event::Direction;
 use crate::record::{Recorder, Scope};
 

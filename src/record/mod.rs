@@ -25,6 +25,7 @@
 )]
 
 pub(crate) mod connection;
+pub(crate) mod handle;
 pub(crate) mod recorder;
 pub(crate) mod scope;
 pub(crate) mod stats;

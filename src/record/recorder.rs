@@ -17,7 +17,8 @@ use crate::event::{
     FailureReason, IoLayer, RejectReason, Target,
 };
 use crate::observer::{Composed, Observer};
-use crate::record::connection::{Connection, ConnectionGuard, Ends, PhaseKind};
+use crate::record::connection::{Connection, Ends, PhaseKind};
+use crate::record::handle::ConnectionGuard;
 use crate::record::stats::{ConnectionSnapshot, Dropped, Drops, Stats};
 use crate::record::{Scope, lock};
 

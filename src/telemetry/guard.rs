@@ -18,7 +18,8 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{EnvFilter, Layer, Registry};
 
-use crate::builder::{Builder, Built, ConfigError};
+use crate::builder::{Builder, Built};
+use crate::config::ConfigError;
 use crate::conntrack::Conntrack;
 use crate::telemetry::env::Propagators;
 use crate::telemetry::runtime::TelemetryRuntime;

@@ -31,7 +31,7 @@ use opentelemetry_sdk::trace::SdkTracerProvider;
 use tokio::runtime::Handle;
 use tonic::metadata::MetadataMap;
 
-use crate::builder::ConfigError;
+use crate::config::ConfigError;
 use crate::record::stats::Drops;
 use crate::telemetry::env::Signal;
 use crate::telemetry::settings::{Otlp, Plan, Protocol};
@@ -51,34 +51,8 @@ pub(crate) fn tracer_provider(
     };
     let _inside = runtime.enter();
     let exporter = match otlp.protocol {
-        Protocol::Grpc => {
-            let builder = SpanExporter::builder()
-                .with_tonic()
-                .with_endpoint(&otlp.endpoint)
-                .with_timeout(otlp.timeout)
-                .with_metadata(otlp.metadata());
-            if otlp.gzip {
-                builder.with_compression(Compression::Gzip)
-            } else {
-                builder
-            }
-            .build()
-        }
-        Protocol::HttpProtobuf => {
-            let builder = SpanExporter::builder()
-                .with_http()
-                .with_protocol(opentelemetry_otlp::Protocol::HttpBinary)
-                .with_http_client(RuntimeClient::new(runtime, otlp)?)
-                .with_endpoint(&otlp.endpoint)
-                .with_timeout(otlp.timeout)
-                .with_headers(otlp.escaped_headers());
-            if otlp.gzip {
-                builder.with_compression(Compression::Gzip)
-            } else {
-                builder
-            }
-            .build()
-        }
+        Protocol::Grpc => grpc(SpanExporter::builder().with_tonic(), otlp).build(),
+        Protocol::HttpProtobuf => http(SpanExporter::builder().with_http(), otlp, runtime)?.build(),
     };
     let exporter = exporter.map_err(|error| otlp.refused(error))?;
     let config = SpanQueueConfig {
@@ -118,37 +92,10 @@ pub(crate) fn meter_provider(
         return Ok(None);
     };
     let _inside = runtime.enter();
+    let builder = MetricExporter::builder().with_temporality(plan.temporality);
     let exporter = match otlp.protocol {
-        Protocol::Grpc => {
-            let builder = MetricExporter::builder()
-                .with_temporality(plan.temporality)
-                .with_tonic()
-                .with_endpoint(&otlp.endpoint)
-                .with_timeout(otlp.timeout)
-                .with_metadata(otlp.metadata());
-            if otlp.gzip {
-                builder.with_compression(Compression::Gzip)
-            } else {
-                builder
-            }
-            .build()
-        }
-        Protocol::HttpProtobuf => {
-            let builder = MetricExporter::builder()
-                .with_temporality(plan.temporality)
-                .with_http()
-                .with_protocol(opentelemetry_otlp::Protocol::HttpBinary)
-                .with_http_client(RuntimeClient::new(runtime, otlp)?)
-                .with_endpoint(&otlp.endpoint)
-                .with_timeout(otlp.timeout)
-                .with_headers(otlp.escaped_headers());
-            if otlp.gzip {
-                builder.with_compression(Compression::Gzip)
-            } else {
-                builder
-            }
-            .build()
-        }
+        Protocol::Grpc => grpc(builder.with_tonic(), otlp).build(),
+        Protocol::HttpProtobuf => http(builder.with_http(), otlp, runtime)?.build(),
     };
     let exporter = Watched {
         inner: exporter.map_err(|error| otlp.refused(error))?,
@@ -161,6 +108,36 @@ pub(crate) fn meter_provider(
         .with_interval(plan.metric_interval)
         .build();
     Ok(Some(meters(&plan.resource).with_reader(reader).build()))
+}
+
+fn grpc<B: WithExportConfig + WithTonicConfig>(builder: B, otlp: &Otlp) -> B {
+    let builder = builder
+        .with_endpoint(&otlp.endpoint)
+        .with_timeout(otlp.timeout)
+        .with_metadata(otlp.metadata());
+    if otlp.gzip {
+        builder.with_compression(Compression::Gzip)
+    } else {
+        builder
+    }
+}
+
+fn http<B: WithExportConfig + WithHttpConfig>(
+    builder: B,
+    otlp: &Otlp,
+    runtime: &Handle,
+) -> Result<B, ConfigError> {
+    let builder = builder
+        .with_protocol(opentelemetry_otlp::Protocol::HttpBinary)
+        .with_http_client(RuntimeClient::new(runtime, otlp)?)
+        .with_endpoint(&otlp.endpoint)
+        .with_timeout(otlp.timeout)
+        .with_headers(otlp.escaped_headers());
+    Ok(if otlp.gzip {
+        builder.with_compression(Compression::Gzip)
+    } else {
+        builder
+    })
 }
 
 /// A meter provider's builder, for one exporter.

@@ -24,7 +24,7 @@ use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
 
-use crate::builder::ConfigError;
+use crate::config::ConfigError;
 use crate::conntrack::Conntrack;
 use crate::event::Direction;
 use crate::record::Recorder;

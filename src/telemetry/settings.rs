@@ -11,7 +11,8 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::metrics::Temporality;
 use opentelemetry_sdk::trace::Sampler;
 
-use crate::builder::{Builder, ConfigError};
+use crate::builder::Builder;
+use crate::config::ConfigError;
 use crate::telemetry::env::{
     self, BspSettings, Compression, Env, EnvError, Propagators, SamplerSetting, Signal,
     TemporalityPreference,
@@ -379,7 +380,7 @@ impl InitSettings {
             attributes.push((key.clone(), value.clone()));
         }
         if let Some(name) = &self.service_name {
-            crate::builder::valid_name("service_name", name)?;
+            crate::config::valid_name("service_name", name)?;
             attributes.push((SERVICE_NAME.to_owned(), name.clone()));
         }
         // Later ones win, and no detector reads the process's environment behind our back.

@@ -1,0 +1,285 @@
+//! The handles on a connection's record.
+//!
+//! - [`ConnectionGuard`] is held by the tracked I/O; its drop is the close.
+//! - [`RequestGuard`] is held as long as a request runs; its drop is the request's end.
+//! - [`ConnectionRecord`] is what users get: cheap to clone, it keeps the record alive but says
+//!   nothing about the socket. (hyper's pool and every response keep one, so the end of a handle
+//!   must never be taken for a close.)
+
+use std::cell::Cell;
+use std::fmt;
+use std::sync::Arc;
+
+use crate::event::{
+    CloseReason, ConnectionId, ConnectionState, Direction, Initiator, ProtocolVersion, TraceRef,
+};
+use crate::record::Connection;
+use crate::record::recorder::Recorder;
+use crate::record::stats::ConnectionSnapshot;
+use crate::record::timeline::Moment;
+
+/// The open connection, held by whoever holds the socket. Dropped after it.
+///
+/// What was read and written comes through `&mut self`, so that the byte counts need no atomic
+/// read-modify-write: there is one writer.
+pub(crate) struct ConnectionGuard {
+    recorder: Recorder,
+    connection: Arc<Connection>,
+}
+
+impl ConnectionGuard {
+    pub(crate) const fn new(recorder: Recorder, connection: Arc<Connection>) -> Self {
+        Self {
+            recorder,
+            connection,
+        }
+    }
+
+    pub(crate) const fn connection(&self) -> &Arc<Connection> {
+        &self.connection
+    }
+
+    #[expect(
+        clippy::needless_pass_by_ref_mut,
+        reason = "it is what makes one writer"
+    )]
+    pub(crate) fn read(&mut self, bytes: usize) {
+        self.connection.add_read(bytes as u64);
+    }
+
+    #[expect(
+        clippy::needless_pass_by_ref_mut,
+        reason = "it is what makes one writer"
+    )]
+    pub(crate) fn wrote(&mut self, bytes: usize) {
+        self.connection.add_written(bytes as u64);
+    }
+
+    pub(crate) fn end_of_stream(&self) {
+        if self.connection.hinted().is_none() {
+            self.connection
+                .hint(CloseReason::PeerClosed, Initiator::Remote);
+            self.connection.moment(Moment::EndOfStream);
+        }
+    }
+
+    pub(crate) fn local_shutdown(&self) {
+        if self.connection.hinted().is_none() {
+            self.connection
+                .hint(CloseReason::Shutdown, Initiator::Local);
+            self.connection.moment(Moment::LocalShutdown);
+        }
+    }
+
+    pub(crate) fn io_error(&self, error: &std::io::Error) {
+        use std::io::ErrorKind::{
+            BrokenPipe, ConnectionAborted, ConnectionReset, Interrupted, TimedOut, WouldBlock,
+        };
+        let (reason, initiator) = match error.kind() {
+            Interrupted | WouldBlock => return,
+            BrokenPipe | ConnectionAborted | ConnectionReset => {
+                (CloseReason::ConnectionReset, Initiator::Remote)
+            }
+            TimedOut => (CloseReason::TimedOut, Initiator::Local),
+            _ => (CloseReason::IoError, Initiator::Local),
+        };
+        if self.connection.hinted().is_none() {
+            self.connection.hint(reason, initiator);
+            self.connection.moment(Moment::IoError);
+        }
+    }
+}
+
+impl Drop for ConnectionGuard {
+    fn drop(&mut self) {
+        self.connection.close();
+        self.recorder.closed(&self.connection);
+    }
+}
+
+/// A connection as its users hold it: cheap to clone, readable at any time, also after the close.
+///
+/// On the client side it stands in the extensions of each response; on the server side handlers
+/// get it as connect info. It keeps the record in memory, never the socket open.
+///
+/// # Example
+///
+/// ```
+/// # async fn run(client: impl tower_service::Service<http::Request<String>, Response = http::Response<String>, Error = std::io::Error>) {}
+/// use otel_conntrack::ConnectionRecord;
+///
+/// fn served_by<B>(response: &http::Response<B>) -> String {
+///     match response.extensions().get::<ConnectionRecord>() {
+///         Some(record) => {
+///             let now = record.snapshot();
+///             format!("{}: request {} on it, open for {:?}", now.id, now.requests, now.age)
+///         }
+///         None => "not tracked".to_owned(),
+///     }
+/// }
+/// ```
+pub struct ConnectionRecord(pub(crate) Arc<Connection>);
+
+/// Whether clones of records are watched on this thread, and what was seen.
+#[derive(Default)]
+enum Clones {
+    #[default]
+    Unwatched,
+    None,
+    One(Arc<Connection>),
+    Several,
+}
+
+thread_local! {
+    static CLONES: Cell<Clones> = const { Cell::new(Clones::Unwatched) };
+}
+
+/// Runs `run`; gives back the connection whose record was cloned in it, if it was exactly one.
+///
+/// hyper-util's pool clones what its connector attached (`Connected::extra`) when it hands a
+/// connection to a request. To see which one cost 1 300 instructions per request by the official
+/// way (`get_extras`, which builds a map of clones); to watch the clone costs a look at a
+/// thread-local. Whoever gets `None` asks the official way, so nothing depends on this.
+#[cfg_attr(not(feature = "hyper"), allow(dead_code))]
+pub(crate) fn watch_clones<R>(run: impl FnOnce() -> R) -> (R, Option<Arc<Connection>>) {
+    /// Puts back what was there, on a panic too.
+    struct Restore(Option<Clones>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            if let Some(before) = self.0.take() {
+                CLONES.set(before);
+            }
+        }
+    }
+    let mut restore = Restore(Some(CLONES.replace(Clones::None)));
+    let result = run();
+    let before = restore.0.take().unwrap_or_default();
+    let seen = match CLONES.replace(before) {
+        Clones::One(connection) => Some(connection),
+        _ => None,
+    };
+    (result, seen)
+}
+
+impl Clone for ConnectionRecord {
+    fn clone(&self) -> Self {
+        let seen = match CLONES.take() {
+            Clones::Unwatched => Clones::Unwatched,
+            Clones::None => Clones::One(self.0.clone()),
+            Clones::One(other) if Arc::ptr_eq(&other, &self.0) => Clones::One(other),
+            Clones::One(_) | Clones::Several => Clones::Several,
+        };
+        CLONES.set(seen);
+        Self(self.0.clone())
+    }
+}
+
+impl ConnectionRecord {
+    /// Its identity, as on its spans.
+    pub fn id(&self) -> ConnectionId {
+        self.0.id
+    }
+
+    /// Inbound or outbound.
+    pub fn direction(&self) -> Direction {
+        self.0.scope.direction
+    }
+
+    /// The listener's, dialer's or connector's name.
+    pub fn name(&self) -> &str {
+        &self.0.scope.name
+    }
+
+    /// What it is doing now.
+    pub fn state(&self) -> ConnectionState {
+        self.0.state()
+    }
+
+    /// The requests seen on it so far.
+    pub fn requests(&self) -> u64 {
+        self.0.requests()
+    }
+
+    /// Its set-up span, for a link: requests link to the connection that served them. None while
+    /// spans are off for its name.
+    pub fn trace(&self) -> Option<TraceRef> {
+        self.0.trace.get().copied()
+    }
+
+    /// Everything about it at this moment, consistent in itself.
+    pub fn snapshot(&self) -> ConnectionSnapshot {
+        self.0.snapshot()
+    }
+
+    /// Says that a request runs on the connection until the guard is dropped.
+    ///
+    /// The HTTP adapters of this crate do it by themselves. Call it for a protocol of your own: from
+    /// then on the connection counts as active or idle.
+    ///
+    /// ```
+    /// # fn query(record: &otel_conntrack::ConnectionRecord) {
+    /// let request = record.request_started();
+    /// // ... send it, read the answer ...
+    /// drop(request); // idle again
+    /// # }
+    /// ```
+    #[must_use = "the request ends when the guard is dropped"]
+    pub fn request_started(&self) -> RequestGuard {
+        self.0.request_started();
+        RequestGuard::new(self.0.clone())
+    }
+
+    /// Says which protocol version was settled.
+    pub fn set_protocol(&self, version: ProtocolVersion) {
+        self.0.set_protocol(version);
+    }
+
+    /// Says why the connection is about to be closed by this side. The first reason seen wins.
+    pub fn set_close_reason(&self, reason: CloseReason) {
+        self.0.hint(reason, reason.initiator());
+    }
+}
+
+impl fmt::Debug for ConnectionRecord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConnectionRecord")
+            .field("id", &self.0.id)
+            .field("direction", &self.0.scope.direction)
+            .field("name", &self.0.scope.name)
+            .field("state", &self.0.state())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A request in flight on a connection; ends when dropped.
+/// From [`ConnectionRecord::request_started`].
+pub struct RequestGuard(Arc<Connection>, bool);
+
+impl RequestGuard {
+    pub(crate) const fn new(connection: Arc<Connection>) -> Self {
+        Self(connection, true)
+    }
+
+    /// The request ends with the connection: it was upgraded.
+    pub(crate) fn stay_active(mut self) {
+        self.1 = false;
+    }
+
+    pub(crate) const fn connection(&self) -> &Arc<Connection> {
+        &self.0
+    }
+}
+
+impl Drop for RequestGuard {
+    fn drop(&mut self) {
+        if self.1 {
+            self.0.request_finished();
+        }
+    }
+}
+
+impl fmt::Debug for RequestGuard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("RequestGuard").field(&self.0.id).finish()
+    }
+}
