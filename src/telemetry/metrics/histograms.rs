@@ -1,0 +1,276 @@
+//! The histograms of every meter, recorded when a set-up ends and when a connection is closed.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::{Arc, Mutex};
+
+use opentelemetry::KeyValue;
+use opentelemetry::metrics::{Histogram, Meter};
+
+use super::labels::{Admitted, Host, Labels};
+use crate::event::{Direction, FailureReason, ProtocolVersion};
+use crate::record::connection::{Connection, Phase, PhaseKind};
+use crate::record::recorder::{OTHER, Sink};
+use crate::record::scope::OTHERS;
+use crate::record::stats::Drops;
+use crate::record::{Recorder, lock};
+use crate::telemetry::names::{self, Metric};
+
+/// The histograms of every meter, recorded when a set-up ends and when a connection is closed.
+pub(crate) struct Histograms {
+    drops: Arc<Drops>,
+    connection_duration: Bounded,
+    duration: Bounded,
+    setup: Bounded,
+    dns: Bounded,
+    tcp: Bounded,
+    tls: Bounded,
+    idle_time: Bounded,
+    requests: Bounded,
+}
+
+/// One histogram on every meter, with a bound on its label sets.
+struct Bounded {
+    instruments: Vec<Histogram<f64>>,
+    known: Mutex<Known>,
+}
+
+/// The label sets of a histogram, ready to be recorded.
+#[derive(Default)]
+struct Known {
+    admitted: Admitted,
+    by_key: HashMap<Key, Arc<[KeyValue]>, BuildHasherDefault<KeyHasher>>,
+}
+
+/// What tells the label sets of one histogram apart, in few bytes: the scope, the host's slot in
+/// it, and one small fact (a reason, a version).
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Key {
+    scope: u32,
+    slot: u32,
+    fact: u16,
+}
+
+impl std::hash::Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(
+            u64::from(self.scope) << 48 ^ u64::from(self.fact) << 32 ^ u64::from(self.slot),
+        );
+    }
+}
+
+/// Multiplicative hashing is enough for keys that nobody outside chooses.
+#[derive(Default)]
+struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(u64::from(*byte));
+        }
+    }
+
+    fn write_u64(&mut self, n: u64) {
+        let mixed = (self.0 ^ n).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = mixed ^ (mixed >> 32);
+    }
+}
+
+impl Bounded {
+    fn new(metric: &Metric, meters: &[Meter]) -> Self {
+        let bounds = match metric.instrument {
+            names::Instrument::Histogram(bounds) => bounds,
+            _ => &[],
+        };
+        let instruments = meters
+            .iter()
+            .map(|meter| {
+                meter
+                    .f64_histogram(metric.name)
+                    .with_unit(metric.unit)
+                    .with_description(metric.description)
+                    .with_boundaries(bounds.to_vec())
+                    .build()
+            })
+            .collect();
+        Self {
+            instruments,
+            known: Mutex::default(),
+        }
+    }
+}
+
+impl Histograms {
+    pub(crate) fn new(meters: &[Meter], recorder: &Recorder) -> Self {
+        let new = |metric| Bounded::new(metric, meters);
+        Self {
+            drops: recorder.drops().clone(),
+            connection_duration: new(&names::CONNECTION_DURATION),
+            duration: new(&names::DURATION),
+            setup: new(&names::SETUP_DURATION),
+            dns: new(&names::DNS_DURATION),
+            tcp: new(&names::TCP_DURATION),
+            tls: new(&names::TLS_DURATION),
+            idle_time: new(&names::IDLE_TIME),
+            requests: new(&names::CONNECTION_REQUEST_COUNT),
+        }
+    }
+
+    /// Records a value; `labels` is asked for when this label set is new.
+    fn record(&self, histogram: &Bounded, key: Key, value: f64, labels: impl FnOnce() -> Labels) {
+        let (attributes, folded) = {
+            let mut known = lock(&histogram.known);
+            match known.by_key.get(&key) {
+                Some(attributes) => (attributes.clone(), false),
+                None => {
+                    let (labels, folded) = known.admitted.admit(labels());
+                    let attributes: Arc<[KeyValue]> = labels.attributes().into();
+                    // A set without a place of its own is not remembered either.
+                    if !folded {
+                        known.by_key.insert(key, attributes.clone());
+                    }
+                    (attributes, folded)
+                }
+            }
+        };
+        if folded {
+            self.drops.label_sets(1);
+        }
+        for instrument in &histogram.instruments {
+            instrument.record(value, &attributes);
+        }
+    }
+}
+
+/// Whether the connection's host has no place of its own.
+fn folded(connection: &Connection) -> bool {
+    (connection.host_slot as usize) < OTHERS
+}
+
+/// The host of a connection, `_other` if it has no slot of its own.
+fn host(connection: &Connection, scheme: bool) -> Option<Host> {
+    let target = connection.target.as_ref()?;
+    Some(match (folded(connection), scheme) {
+        (true, _) => Host::other(),
+        (false, true) => Host::with_scheme(target),
+        (false, false) => Host::of(target),
+    })
+}
+
+fn error(labels: Labels, error: Option<FailureReason>) -> Labels {
+    match error {
+        Some(reason) => labels.fact(names::ERROR_TYPE, reason.as_str()),
+        None => labels,
+    }
+}
+
+fn key(connection: &Connection, fact: usize) -> Key {
+    let scope = connection.scope.ordinal;
+    Key {
+        scope,
+        slot: connection.host_slot,
+        fact: fact as u16,
+    }
+}
+
+fn error_key(connection: &Connection, error: Option<FailureReason>) -> Key {
+    key(connection, error.map_or(0, |reason| reason.index() + 1))
+}
+
+impl Sink for Histograms {
+    fn setup_finished(
+        &self,
+        connection: &Connection,
+        phases: &[Phase],
+        outcome: Result<(), FailureReason>,
+    ) {
+        let scope = &connection.scope;
+        if !scope.metrics() || scope.direction == Direction::Inbound {
+            return;
+        }
+        let labels = || Labels::name(&scope.name).host(host(connection, false));
+        let took = match (connection.ends.get(), connection.failed.get()) {
+            (Some(ends), _) => ends.usable_at,
+            (None, Some((_, at))) => *at,
+            (None, None) => connection.elapsed(),
+        };
+        let failed = outcome.err();
+        let setup = error_key(connection, failed);
+        self.record(&self.setup, setup, took.as_secs_f64(), || {
+            error(labels(), failed)
+        });
+        for phase in phases {
+            let took = phase
+                .to
+                .unwrap_or(phase.from)
+                .saturating_sub(phase.from)
+                .as_secs_f64();
+            let key = error_key(connection, phase.error);
+            let labels = || error(labels(), phase.error);
+            match &phase.kind {
+                PhaseKind::Dns { host, .. } => {
+                    let question = || {
+                        let other = folded(connection);
+                        let question = if other { OTHER.into() } else { host.clone() };
+                        let labels = Labels {
+                            question: Some(question),
+                            ..Labels::default()
+                        };
+                        error(labels, phase.error)
+                    };
+                    self.record(&self.dns, key, took, question);
+                }
+                PhaseKind::Connect { .. } => self.record(&self.tcp, key, took, labels),
+                PhaseKind::Tls { .. } => self.record(&self.tls, key, took, labels),
+            }
+        }
+    }
+
+    fn closed(&self, connection: &Connection) {
+        let scope = &connection.scope;
+        let Some(close) = connection.closed.get().filter(|_| scope.metrics()) else {
+            return;
+        };
+        let age = connection.age_at(close.at).as_secs_f64();
+        let reason = close.reason.as_str();
+        let by_name = Key {
+            slot: 0,
+            ..key(connection, close.reason.index())
+        };
+        self.record(&self.duration, by_name, age, || {
+            let labels = Labels {
+                direction: Some(scope.direction),
+                ..Labels::name(&scope.name)
+            };
+            labels.fact(names::REASON, reason)
+        });
+        let version = connection.protocol();
+        if connection
+            .target
+            .as_ref()
+            .is_some_and(|target| target.scheme.is_some())
+        {
+            let by_version = key(connection, ProtocolVersion::slot(version));
+            self.record(&self.connection_duration, by_version, age, || Labels {
+                host: host(connection, true),
+                version: version.map(ProtocolVersion::as_str),
+                ..Labels::default()
+            });
+        }
+        let labels = || Labels::name(&scope.name).host(host(connection, false));
+        let requests = connection.requests();
+        if requests > 0 || close.idle.is_some() {
+            self.record(&self.requests, key(connection, 0), requests as f64, labels);
+        }
+        if let Some(idle) = close.idle {
+            let by_reason = key(connection, close.reason.index());
+            self.record(&self.idle_time, by_reason, idle.as_secs_f64(), || {
+                labels().fact(names::REASON, reason)
+            });
+        }
+    }
+}

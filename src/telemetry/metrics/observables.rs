@@ -1,0 +1,256 @@
+//! The observables: what the record says when somebody collects.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex};
+
+use opentelemetry::metrics::Meter;
+
+use super::labels::{Admitted, Host, Labels, Sums};
+use crate::event::{Direction, IoLayer, ProtocolVersion};
+use crate::record::scope::OTHERS;
+use crate::record::stats::{ScopeStats, Stats};
+use crate::record::{Recorder, lock};
+use crate::telemetry::names::{self, Metric};
+
+type Read = fn(&Stats, &mut Sums);
+
+/// Every observable, in the order of the table.
+const OBSERVABLES: &[(&Metric, Read)] = &[
+    (&names::OPEN_CONNECTIONS, open_connections),
+    (&names::CONNECTIONS, connections),
+    (&names::DIALER_ATTEMPTS, |stats, sums| {
+        each(stats, Direction::Outbound, |s| {
+            sums.add(Labels::name(&s.name), s.attempts)
+        });
+    }),
+    (&names::DIALER_ESTABLISHED, |stats, sums| {
+        each(stats, Direction::Outbound, |s| {
+            sums.add(Labels::name(&s.name), s.established)
+        });
+    }),
+    (&names::DIALER_FAILED, |stats, sums| {
+        each(stats, Direction::Outbound, |s| {
+            for (reason, n) in &s.failed {
+                let labels = Labels::name(&s.name).fact(names::ERROR_TYPE, reason.as_str());
+                sums.add(labels, *n);
+            }
+        });
+    }),
+    (&names::DIALER_CLOSED, |stats, sums| {
+        closed(stats, Direction::Outbound, sums)
+    }),
+    (&names::IO, io),
+    (&names::LISTENER_ACCEPTED, |stats, sums| {
+        each(stats, Direction::Inbound, |s| {
+            sums.add(Labels::name(&s.name), s.accepted)
+        });
+    }),
+    (&names::LISTENER_CLOSED, |stats, sums| {
+        closed(stats, Direction::Inbound, sums)
+    }),
+    (&names::LISTENER_ACCEPT_ERRORS, |stats, sums| {
+        each(stats, Direction::Inbound, |s| {
+            for (reason, n) in &s.accept_errors {
+                sums.add(
+                    Labels::name(&s.name).fact(names::REASON, reason.as_str()),
+                    *n,
+                );
+            }
+        });
+    }),
+    (&names::LISTENER_REJECTED, |stats, sums| {
+        each(stats, Direction::Inbound, |s| {
+            for (reason, n) in &s.rejected {
+                sums.add(
+                    Labels::name(&s.name).fact(names::REASON, reason.as_str()),
+                    *n,
+                );
+            }
+        });
+    }),
+    (&names::DROPPED, dropped),
+];
+
+/// The scopes that take part.
+fn scopes(stats: &Stats) -> impl Iterator<Item = &ScopeStats> {
+    stats.scopes.iter().filter(|scope| scope.metrics)
+}
+
+fn each<'a>(stats: &'a Stats, direction: Direction, f: impl FnMut(&'a ScopeStats)) {
+    scopes(stats)
+        .filter(|scope| scope.direction == direction)
+        .for_each(f);
+}
+
+fn open_connections(stats: &Stats, sums: &mut Sums) {
+    for host in scopes(stats).flat_map(|scope| &scope.hosts) {
+        if !host.http {
+            continue;
+        }
+        let server = host
+            .target
+            .as_ref()
+            .map_or_else(Host::other, Host::with_scheme);
+        for (version, active, idle) in &host.by_version {
+            let labels = Labels {
+                host: Some(server.clone()),
+                version: version.map(ProtocolVersion::as_str),
+                ..Labels::default()
+            };
+            sums.add(
+                labels.clone().fact(names::HTTP_CONNECTION_STATE, "active"),
+                *active,
+            );
+            sums.add(labels.fact(names::HTTP_CONNECTION_STATE, "idle"), *idle);
+        }
+    }
+}
+
+fn connections(stats: &Stats, sums: &mut Sums) {
+    for scope in scopes(stats) {
+        // A learned name disappears with its last connection.
+        if scope.declared || scope.open > 0 {
+            let labels = Labels {
+                direction: Some(scope.direction),
+                ..Labels::name(&scope.name)
+            };
+            sums.add(labels, scope.open);
+        }
+    }
+}
+
+fn closed(stats: &Stats, direction: Direction, sums: &mut Sums) {
+    each(stats, direction, |scope| {
+        for (reason, n) in &scope.closed {
+            sums.add(
+                Labels::name(&scope.name).fact(names::REASON, reason.as_str()),
+                *n,
+            );
+        }
+    });
+}
+
+fn io(stats: &Stats, sums: &mut Sums) {
+    for scope in scopes(stats) {
+        for (slot, host) in scope.hosts.iter().enumerate() {
+            let outbound = scope.direction == Direction::Outbound;
+            let nothing = host.bytes_read == 0 && host.bytes_written == 0;
+            if slot < OTHERS && nothing && (outbound || slot > 0) {
+                // Nobody is in this `_other`.
+                continue;
+            }
+            let server = match &host.target {
+                Some(target) => Some(Host::of(target)),
+                None => outbound.then(Host::other),
+            };
+            let labels = Labels {
+                direction: Some(scope.direction),
+                ..Labels::name(&scope.name)
+            }
+            .host(server)
+            .fact(names::IO_LAYER, IoLayer::as_str(host.layer));
+            for (direction, bytes) in [("read", host.bytes_read), ("written", host.bytes_written)] {
+                sums.add(labels.clone().fact(names::IO_DIRECTION, direction), bytes);
+            }
+        }
+    }
+}
+
+fn dropped(stats: &Stats, sums: &mut Sums) {
+    let dropped = &stats.dropped;
+    for (item, n) in [
+        ("span", dropped.spans),
+        ("metric_export", dropped.metric_exports),
+        ("event", dropped.events),
+        ("channel", dropped.channel_items),
+        ("label_set", dropped.label_sets),
+        ("name", dropped.names),
+        ("observer_panic", dropped.observer_panics),
+        ("sink_panic", dropped.sink_panics),
+    ] {
+        sums.add(Labels::default().fact(names::DROPPED_ITEM, item), n);
+    }
+}
+
+/// The snapshot that the callbacks of one collection share.
+struct Shared {
+    recorder: Recorder,
+    /// The snapshot, and who has answered from it: a bit per observable.
+    current: Mutex<Option<(Arc<Stats>, u64)>>,
+}
+
+impl Shared {
+    fn snapshot(&self, observable: usize) -> Arc<Stats> {
+        let bit = 1 << observable;
+        let mut current = lock(&self.current);
+        match &mut *current {
+            Some((stats, answered)) if *answered & bit == 0 => {
+                *answered |= bit;
+                stats.clone()
+            }
+            _ => {
+                let stats = Arc::new(self.recorder.stats());
+                *current = Some((stats.clone(), bit));
+                stats
+            }
+        }
+    }
+}
+
+/// Registers every observable with one meter.
+///
+/// The callbacks hold the record, so the last counts are exported even after every connection and
+/// `Conntrack` is gone. The API has no way to take a callback back.
+pub(crate) fn observe(meter: &Meter, recorder: &Recorder) {
+    let shared = Arc::new(Shared {
+        recorder: recorder.clone(),
+        current: Mutex::default(),
+    });
+    for (index, (metric, read)) in OBSERVABLES.iter().enumerate() {
+        let shared = shared.clone();
+        let admitted = Mutex::new(Admitted::default());
+        let counter = metric.instrument == names::Instrument::Counter;
+        let collect = move || {
+            let stats = shared.snapshot(index);
+            let mut sums = Sums::default();
+            read(&stats, &mut sums);
+            let mut admitted = lock(&admitted);
+            if !counter {
+                // A gauge's places go to those that are alive.
+                *admitted = Admitted::default();
+            }
+            let mut folded = Sums::default();
+            for (labels, n) in sums.0 {
+                folded.add(admitted.admit(labels).0, n);
+            }
+            folded.0
+        };
+        // A panic here would end the SDK's reader thread for good.
+        let collect =
+            move || catch_unwind(AssertUnwindSafe(&collect)).unwrap_or_else(|_| BTreeMap::new());
+        if counter {
+            let _ = meter
+                .u64_observable_counter(metric.name)
+                .with_unit(metric.unit)
+                .with_description(metric.description)
+                .with_callback(move |observer| {
+                    for (labels, n) in collect() {
+                        observer.observe(n, &labels.attributes());
+                    }
+                })
+                .build();
+        } else {
+            let _ = meter
+                .i64_observable_up_down_counter(metric.name)
+                .with_unit(metric.unit)
+                .with_description(metric.description)
+                .with_callback(move |observer| {
+                    for (labels, n) in collect() {
+                        observer.observe(n as i64, &labels.attributes());
+                    }
+                })
+                .build();
+        }
+    }
+}
