@@ -32,11 +32,22 @@
 //! Sources: the specification's "Environment Variable Specification", "OTLP Exporter Configuration"
 //! and "Resource SDK".
 
+mod parse;
+mod url;
+
 use std::collections::HashMap;
 use std::error::Error;
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
+
+pub(crate) use url::join_signal_path;
+
+use parse::{
+    BAD_RATIO, checked_ratio, entries, is_token, parse_boolean, parse_choices, parse_millis,
+    parse_number, parse_size, percent_decode,
+};
+use url::{NO_SCHEME, check_url, redact_url, split_scheme};
 
 /// What stands in an error for what may be secret.
 const REDACTED: &str = "<redacted>";
@@ -674,20 +685,7 @@ pub(crate) fn validate_header(
     Err(header_error(setting, index, Some(name), fault))
 }
 
-/// The URL for a signal beneath an OTLP/HTTP base URL: `http://host/base/` and traces give
-/// `http://host/base/v1/traces`. Slashes are not doubled, and a query stays at the end.
-pub(crate) fn join_signal_path(base: &str, signal: Signal) -> String {
-    let (path, query) = match base.find('?') {
-        None => (base, ""),
-        Some(at) => base.split_at(at),
-    };
-    format!("{}{}{query}", path.trim_end_matches('/'), signal.path())
-}
-
 // === the parsers beneath ===
-
-const BAD_RATIO: &str =
-    "must be a number from 0 to 1; set it to one such as 0.25, or unset it for 1";
 
 const NOT_A_HEADER_NAME: &str = "has no valid name (letters, digits, and !#$%&'*+-.^_`|~ only); \
      write name=value, with no `:`";
@@ -695,20 +693,8 @@ const NOT_A_HEADER_NAME: &str = "has no valid name (letters, digits, and !#$%&'*
 const NO_HEADER_VALUE: &str = "has no value; write name=value, or leave the entry out \
      (often a variable that was meant to be put in is empty)";
 
-const NO_SCHEME: &str =
-    "has no scheme; put http:// in front of it, or https:// for TLS, as in http://localhost:4317";
-
 fn otlp_generic(suffix: &str) -> String {
     format!("OTEL_EXPORTER_OTLP_{suffix}")
-}
-
-/// The entries of a comma-separated list, trimmed, with their positions. Empty ones are passed
-/// over: a comma at the end is common and harmless.
-fn entries(list: &str) -> impl Iterator<Item = (usize, &str)> {
-    list.split(',')
-        .map(str::trim)
-        .enumerate()
-        .filter(|(_, entry)| !entry.is_empty())
 }
 
 fn header_error(setting: &str, index: usize, name: Option<&str>, fault: &str) -> EnvError {
@@ -718,274 +704,6 @@ fn header_error(setting: &str, index: usize, name: Option<&str>, fault: &str) ->
         Some(name) => format!("entry {position} ({name}) {fault}"),
     };
     EnvError::new(setting, REDACTED, help)
-}
-
-fn parse_boolean(setting: &str, value: &str) -> Result<bool, EnvError> {
-    if value.eq_ignore_ascii_case("true") {
-        Ok(true)
-    } else if value.eq_ignore_ascii_case("false") {
-        Ok(false)
-    } else {
-        Err(EnvError::new(
-            setting,
-            value,
-            "must be true or false; leave it unset for false",
-        ))
-    }
-}
-
-/// A comma-separated list of `supported`, or `none` alone. Empty entries are passed over, but not
-/// if they are all.
-fn parse_choices(
-    name: &str,
-    list: &str,
-    supported: &[&'static str],
-) -> Result<Vec<&'static str>, EnvError> {
-    let refuse = |fault: &str| {
-        let supported = supported.join(", ");
-        EnvError::new(
-            name,
-            list,
-            format!(
-                "{fault}; supported are {supported} and, alone, none: set it to these, or unset it"
-            ),
-        )
-    };
-    let mut chosen = Vec::new();
-    let mut none = false;
-    for (_, entry) in entries(list) {
-        match supported
-            .iter()
-            .find(|known| known.eq_ignore_ascii_case(entry))
-        {
-            Some(known) => chosen.push(*known),
-            None if entry.eq_ignore_ascii_case("none") => none = true,
-            None => return Err(refuse(&format!("{entry:?} is not supported"))),
-        }
-    }
-    match (none, chosen.is_empty()) {
-        (true, false) => Err(refuse("none excludes all others")),
-        (false, true) => Err(refuse("the list is empty")),
-        _ => Ok(chosen),
-    }
-}
-
-fn parse_number(value: &str, least: u64, most: u64) -> Option<u64> {
-    // `u64::from_str` takes a plus sign, which nobody means.
-    if !value.bytes().all(|byte| byte.is_ascii_digit()) {
-        return None;
-    }
-    value
-        .parse()
-        .ok()
-        .filter(|number| (least..=most).contains(number))
-}
-
-fn parse_millis(
-    setting: &str,
-    value: &str,
-    least: u64,
-    default: Duration,
-) -> Result<Duration, EnvError> {
-    parse_number(value, least, MAX_NUMBER)
-        .map(Duration::from_millis)
-        .ok_or_else(|| {
-            let default = default.as_millis();
-            let help = format!(
-                "must be a whole number of milliseconds from {least} to {MAX_NUMBER}; \
-                 leave it unset for {default}"
-            );
-            EnvError::new(setting, value, help)
-        })
-}
-
-fn parse_size(setting: &str, value: &str, default: usize) -> Result<usize, EnvError> {
-    parse_number(value, 1, MAX_NUMBER)
-        .and_then(|size| usize::try_from(size).ok())
-        .ok_or_else(|| {
-            let help = format!(
-                "must be a whole number from 1 to {MAX_NUMBER}; leave it unset for {default}"
-            );
-            EnvError::new(setting, value, help)
-        })
-}
-
-fn checked_ratio(ratio: f64) -> Option<f64> {
-    // Not a number is in no range. Adding zero turns minus zero into zero.
-    (0.0..=1.0).contains(&ratio).then_some(ratio + 0.0)
-}
-
-/// Strict percent-decoding: `%` must begin an escape, and the result must be UTF-8. `+` is a plus
-/// sign.
-fn percent_decode(text: &str) -> Result<String, &'static str> {
-    let mut decoded = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&byte, after)) = rest.split_first() {
-        rest = after;
-        if byte != b'%' {
-            decoded.push(byte);
-            continue;
-        }
-        let digits = rest
-            .split_at_checked(2)
-            .and_then(|(digits, after)| Some((hex(digits[0])?, hex(digits[1])?, after)));
-        let Some((high, low, after)) = digits else {
-            return Err("has a `%` that is not followed by two hexadecimal digits");
-        };
-        decoded.push(high << 4 | low);
-        rest = after;
-    }
-    String::from_utf8(decoded).map_err(|_| "is not UTF-8 once it is percent-decoded")
-}
-
-fn hex(digit: u8) -> Option<u8> {
-    match digit {
-        b'0'..=b'9' => Some(digit - b'0'),
-        b'a'..=b'f' => Some(digit - b'a' + 10),
-        b'A'..=b'F' => Some(digit - b'A' + 10),
-        _ => None,
-    }
-}
-
-/// A token of RFC 9110, section 5.6.2.
-fn is_token(text: &str) -> bool {
-    let special = b"!#$%&'*+-.^_`|~";
-    !text.is_empty()
-        && text
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || special.contains(&byte))
-}
-
-/// Scheme and rest of a URL that has `://` where a scheme ends. `host:4317/path://x` has no scheme.
-fn split_scheme(url: &str) -> Option<(&str, &str)> {
-    url.split_once("://")
-        .filter(|(scheme, _)| !scheme.contains(['/', '?', '#']))
-}
-
-/// What is wrong with `url`, in words that hold nothing of it.
-fn check_url(url: &str) -> Result<(), &'static str> {
-    let (scheme, rest) = split_scheme(url).ok_or(NO_SCHEME)?;
-    if !["http", "https"]
-        .iter()
-        .any(|known| scheme.eq_ignore_ascii_case(known))
-    {
-        return Err("must begin with http:// or https://; no other scheme is supported");
-    }
-    if rest.contains('#') {
-        return Err("must not have a fragment; take out `#` and what follows, or write it as %23");
-    }
-    let (authority, path) = match rest.find(['/', '?']) {
-        None => (rest, ""),
-        Some(at) => rest.split_at(at),
-    };
-    let (user, server) = authority.rsplit_once('@').unwrap_or(("", authority));
-    if !is_url_part(user, b":") {
-        return Err("has a character in its user name or password that must be percent-encoded");
-    }
-    let port = match server.strip_prefix('[') {
-        Some(bracketed) => {
-            let (_, port) = bracketed
-                .split_once(']')
-                .filter(|(address, _)| address.parse::<Ipv6Addr>().is_ok())
-                .ok_or("must have an IPv6 address between `[` and `]`, as in http://[::1]:4317")?;
-            match port.strip_prefix(':') {
-                None if port.is_empty() => None,
-                None => {
-                    return Err("must have `:` and a port, `/` and a path, or nothing after `]`");
-                }
-                Some(port) => Some(port),
-            }
-        }
-        None => {
-            let (host, port) = match server.split_once(':') {
-                None => (server, None),
-                Some((host, port)) => (host, Some(port)),
-            };
-            if host.is_empty() {
-                return Err("has no host; name one, as in http://localhost:4317");
-            }
-            if !is_host(host) {
-                return Err(
-                    "has no valid host: give a name (in ASCII: letters, digits, `-`, `_`, \
-                     `.`) or an IP address",
-                );
-            }
-            port
-        }
-    };
-    if port.is_some_and(|port| parse_number(port, 1, u64::from(u16::MAX)).is_none()) {
-        return Err(
-            "must have a port from 1 to 65535 after the host, or none and no `:` \
-             (an IPv6 address stands in `[]`)",
-        );
-    }
-    if !is_url_part(path, b":@/?") {
-        return Err(
-            "has a character in its path or query that must be percent-encoded \
-             (or a `%` that begins no escape)",
-        );
-    }
-    Ok(())
-}
-
-/// Labels of letters, digits, `-` and `_` with dots between; a dot at the end is the root's.
-fn is_host(host: &str) -> bool {
-    let labels = host.strip_suffix('.').unwrap_or(host);
-    host.len() <= 254
-        && labels.split('.').all(|label| {
-            !label.is_empty()
-                && label
-                    .bytes()
-                    .all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
-        })
-}
-
-/// Only RFC 3986's unreserved characters, sub-delimiters, whole escapes, and those of `more`.
-fn is_url_part(part: &str, more: &[u8]) -> bool {
-    let plain = |byte: u8| {
-        byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=".contains(&byte) || more.contains(&byte)
-    };
-    let mut bytes = part.bytes();
-    while let Some(byte) = bytes.next() {
-        let escape = byte == b'%'
-            && [bytes.next(), bytes.next()]
-                .iter()
-                .all(|digit| digit.is_some_and(|digit| digit.is_ascii_hexdigit()));
-        if !escape && (byte == b'%' || !plain(byte)) {
-            return false;
-        }
-    }
-    true
-}
-
-/// `url` as far as it may be shown: without credentials and without the values of its query.
-///
-/// It works on what is no URL at all, and then hides too much rather than too little: everything
-/// before the last `@`, except a scheme that is known to be one, and everything after the first `?`
-/// or `#` behind that.
-fn redact_url(url: &str) -> String {
-    let mut shown = String::new();
-    let mut rest = url;
-    if let Some(at) = url.rfind('@') {
-        if let Some((scheme, _)) = url.split_once("://")
-            && ["http", "https"]
-                .iter()
-                .any(|known| scheme.eq_ignore_ascii_case(known))
-        {
-            shown.push_str(scheme);
-            shown.push_str("://");
-        }
-        shown.push_str(REDACTED);
-        rest = &url[at..];
-    }
-    match rest.find(['?', '#']) {
-        None => shown.push_str(rest),
-        Some(mark) => {
-            shown.push_str(&rest[..=mark]);
-            shown.push_str(REDACTED);
-        }
-    }
-    shown
 }
 
 #[cfg(test)]
