@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use opentelemetry::propagation::TextMapCompositePropagator;
 use opentelemetry::trace::TracerProvider as _;
-use opentelemetry_sdk::error::OTelSdkError;
+use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::metrics::SdkMeterProvider;
 use opentelemetry_sdk::propagation::{BaggagePropagator, TraceContextPropagator};
 use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider};
@@ -23,6 +23,7 @@ use crate::config::ConfigError;
 use crate::conntrack::Conntrack;
 use crate::telemetry::env::Propagators;
 use crate::telemetry::runtime::TelemetryRuntime;
+use crate::telemetry::span_processor::Flusher;
 use crate::telemetry::spans::SpanWriter;
 use crate::telemetry::{names, otlp};
 
@@ -89,11 +90,11 @@ impl Builder {
 
         // The record is made last, but its counters of drops are needed first.
         let drops = Arc::<crate::record::stats::Drops>::default();
-        let (mut tracer_provider, mut meter_providers) = (None, Vec::new());
+        let (mut traces, mut meter_providers) = (None, Vec::new());
         #[cfg(feature = "prometheus")]
         let mut endpoint = None;
         if !plan.disabled {
-            tracer_provider = otlp::tracer_provider(&plan, &handle, &drops)?;
+            traces = otlp::tracer_provider(&plan, &handle, &drops)?;
             meter_providers.extend(otlp::meter_provider(&plan, &handle, &drops)?);
             #[cfg(feature = "prometheus")]
             if let Some(address) = plan.prometheus {
@@ -103,6 +104,7 @@ impl Builder {
                 meter_providers.push(provider);
             }
         }
+        let (tracer_provider, flusher) = traces.unzip();
         if let Some(provider) = &tracer_provider {
             builder = builder.tracer_provider(provider.clone());
         }
@@ -125,6 +127,7 @@ impl Builder {
             conntrack,
             spans,
             tracer_provider,
+            flusher,
             meter_providers,
             queue: plan.bsp.queue,
             bound: plan.shutdown,
@@ -214,6 +217,7 @@ pub struct ConntrackGuard {
     conntrack: Conntrack,
     spans: Option<Arc<SpanWriter>>,
     tracer_provider: Option<SdkTracerProvider>,
+    flusher: Option<Flusher>,
     meter_providers: Vec<SdkMeterProvider>,
     queue: usize,
     bound: Duration,
@@ -290,14 +294,11 @@ impl ConntrackGuard {
     ///
     /// As [`shutdown`](Self::shutdown).
     pub async fn flush(&self) -> Result<(), ShutdownError> {
-        let (tracer, meters) = (self.tracer_provider.clone(), self.meter_providers.clone());
-        in_thread(self.bound, move |_| {
-            let traces = tracer.map_or(Ok(()), |provider| provider.force_flush());
+        let (flusher, meters) = (self.flusher.clone(), self.meter_providers.clone());
+        in_thread(self.bound, move |deadline| {
+            let traces = flusher.map_or(Ok(()), |flusher| flusher.flush_within(left(deadline)));
             let metrics: Vec<_> = meters.iter().map(SdkMeterProvider::force_flush).collect();
-            std::iter::once(traces)
-                .chain(metrics)
-                .filter_map(Result::err)
-                .collect()
+            failures(std::iter::once(traces).chain(metrics))
         })
         .wait()
         .await
@@ -329,33 +330,56 @@ impl ConntrackGuard {
     fn end(&mut self) -> Ending {
         let conntrack = self.conntrack.clone();
         let (spans, tracer) = (self.spans.take(), self.tracer_provider.take());
+        let flusher = self.flusher.take();
         let meters = std::mem::take(&mut self.meter_providers);
         let (queue, runtime) = (self.queue, self.runtime.take());
         let in_force = self.in_force.take();
         #[cfg(feature = "prometheus")]
         let prometheus = self.prometheus.take();
         in_thread(self.bound, move |deadline| {
-            let left = move || deadline.saturating_duration_since(Instant::now());
-            // Metrics beside the spans: a slow collector must not cost both.
-            let metrics = std::thread::spawn(move || {
-                let outcomes = meters
+            // Metrics beside the spans: a slow collector must not cost both. And on a thread of
+            // their own, since the SDK's reader takes 5 s whatever it is told.
+            let (told, metrics) = mpsc::channel();
+            let end_metrics = move || {
+                let ends = meters
                     .iter()
-                    .map(|meter| meter.shutdown_with_timeout(left()));
-                outcomes.filter_map(Result::err).collect::<Vec<_>>()
-            });
-            let mut failures = Vec::new();
-            if let (Some(spans), Some(tracer)) = (spans, tracer) {
-                write_open(&conntrack, &spans, &tracer, queue, deadline);
-                failures.extend(tracer.shutdown_with_timeout(left()).err());
+                    .map(|meter| meter.shutdown_with_timeout(left(deadline)));
+                let _ = told.send(failures(ends));
+            };
+            // If there is no thread, `told` is dropped.
+            let _ = std::thread::Builder::new()
+                .name("conntrack-metrics".into())
+                .spawn(end_metrics);
+            let mut failed = Vec::new();
+            if let (Some(spans), Some(tracer), Some(flusher)) = (spans, tracer, flusher) {
+                write_open(&conntrack, &spans, &flusher, queue, deadline);
+                let end = tracer.shutdown_with_timeout(left(deadline));
+                failed.extend(failures([end]));
             }
-            failures.extend(metrics.join().unwrap_or_else(|_| vec![panicked()]));
+            failed.extend(match metrics.recv_timeout(left(deadline)) {
+                Ok(failures) => failures,
+                Err(mpsc::RecvTimeoutError::Timeout) => vec!["metrics were not flushed".into()],
+                Err(mpsc::RecvTimeoutError::Disconnected) => vec!["a reader panicked".into()],
+            });
             #[cfg(feature = "prometheus")]
             drop(prometheus);
             drop(runtime);
             drop(in_force);
-            failures
+            failed
         })
     }
+}
+
+fn left(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
+}
+
+fn failures(results: impl IntoIterator<Item = OTelSdkResult>) -> Vec<String> {
+    results
+        .into_iter()
+        .filter_map(Result::err)
+        .map(|error| error.to_string())
+        .collect()
 }
 
 /// Writes the life spans of what is still open, a queue's worth at a time, and counts those for
@@ -363,17 +387,18 @@ impl ConntrackGuard {
 fn write_open(
     conntrack: &Conntrack,
     spans: &SpanWriter,
-    tracer: &SdkTracerProvider,
+    flusher: &Flusher,
     queue: usize,
     deadline: Instant,
 ) {
     // Half a queue, because the service still ends spans of its own.
     let batch = (queue / 2).max(1);
-    let mut written = 0;
+    let (mut written, mut in_time) = (0, true);
     for connection in conntrack.recorder.live() {
-        if written == batch {
+        if written >= batch && in_time {
             written = 0;
-            if tracer.force_flush().is_err() || Instant::now() >= deadline {
+            in_time = flusher.flush_within(left(deadline)).is_ok();
+            if !in_time {
                 // The rest goes into a queue that is shut down next, which counts each of them.
                 tracing::debug!(target: "otel_conntrack", "no time to write every open connection");
             }
@@ -384,85 +409,63 @@ fn write_open(
     }
 }
 
-fn panicked() -> OTelSdkError {
-    OTelSdkError::InternalFailure("a metrics reader panicked".into())
-}
-
 /// Work on a thread of its own, with a deadline.
 struct Ending {
-    bound: Duration,
-    blocking: mpsc::Receiver<Vec<OTelSdkError>>,
+    blocking: mpsc::Receiver<Result<(), ShutdownError>>,
     waiting: tokio::sync::oneshot::Receiver<()>,
 }
 
 /// A grace over the bound: the deadline is kept by the work itself, this is for its last steps.
 const GRACE: Duration = Duration::from_millis(250);
 
+/// Starts `work`, which says what failed. Another thread watches over the bound: foreign code in the
+/// work may not keep it, and a timer here would need the caller's runtime to have one.
 fn in_thread(
     bound: Duration,
-    work: impl FnOnce(Instant) -> Vec<OTelSdkError> + Send + 'static,
+    work: impl FnOnce(Instant) -> Vec<String> + Send + 'static,
 ) -> Ending {
     let (result, blocking) = mpsc::channel();
     let (done, waiting) = tokio::sync::oneshot::channel();
     let deadline = Instant::now() + bound;
-    let run = move || {
-        let failures = work(deadline);
-        let _ = result.send(failures);
+    let watch = move || {
+        let (failed, finished) = mpsc::channel();
+        // If there is no thread, the channels close and the waiters learn it at once.
+        let _ = std::thread::Builder::new()
+            .name("conntrack-shutdown".into())
+            .spawn(move || failed.send(work(deadline)));
+        let outcome = match finished.recv_timeout(bound + GRACE) {
+            Ok(failed) if failed.is_empty() => Ok(()),
+            Ok(_) if Instant::now() >= deadline => Err(ShutdownError::Timeout { bound }),
+            Ok(failed) => Err(ShutdownError::Failed {
+                what: failed.join("; "),
+            }),
+            Err(mpsc::RecvTimeoutError::Timeout) => Err(ShutdownError::Timeout { bound }),
+            Err(mpsc::RecvTimeoutError::Disconnected) => Err(no_thread()),
+        };
+        let _ = result.send(outcome);
         let _ = done.send(());
     };
-    // If there is no thread, the channels close and both waiters learn it at once.
     let _ = std::thread::Builder::new()
-        .name("conntrack-shutdown".into())
-        .spawn(run);
-    Ending {
-        bound,
-        blocking,
-        waiting,
+        .name("conntrack-deadline".into())
+        .spawn(watch);
+    Ending { blocking, waiting }
+}
+
+fn no_thread() -> ShutdownError {
+    ShutdownError::Failed {
+        what: "the system has no thread for it".into(),
     }
 }
 
 impl Ending {
     fn block(self) -> Result<(), ShutdownError> {
-        let outcome = self.blocking.recv_timeout(self.bound + GRACE);
-        self.outcome(outcome)
+        self.blocking.recv().unwrap_or_else(|_| Err(no_thread()))
     }
 
-    async fn wait(mut self) -> Result<(), ShutdownError> {
-        // The bound is kept by the work; a timer here would need the caller's runtime to have one.
-        let _ = (&mut self.waiting).await;
-        let outcome = self
-            .blocking
-            .try_recv()
-            .map_err(|_| mpsc::RecvTimeoutError::Disconnected);
-        self.outcome(outcome)
-    }
-
-    fn outcome(
-        &self,
-        outcome: Result<Vec<OTelSdkError>, mpsc::RecvTimeoutError>,
-    ) -> Result<(), ShutdownError> {
-        match outcome {
-            Ok(failures) if failures.is_empty() => Ok(()),
-            Ok(failures)
-                if failures
-                    .iter()
-                    .any(|f| matches!(f, OTelSdkError::Timeout(_))) =>
-            {
-                Err(ShutdownError::Timeout { bound: self.bound })
-            }
-            Ok(failures) => {
-                let what: Vec<_> = failures.iter().map(ToString::to_string).collect();
-                Err(ShutdownError::Failed {
-                    what: what.join("; "),
-                })
-            }
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                Err(ShutdownError::Timeout { bound: self.bound })
-            }
-            Err(mpsc::RecvTimeoutError::Disconnected) => Err(ShutdownError::Failed {
-                what: "the system has no thread for it".into(),
-            }),
-        }
+    async fn wait(self) -> Result<(), ShutdownError> {
+        let Self { blocking, waiting } = self;
+        let _ = waiting.await;
+        blocking.try_recv().unwrap_or_else(|_| Err(no_thread()))
     }
 }
 

@@ -13,7 +13,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::header::{CONTENT_ENCODING, CONTENT_TYPE, USER_AGENT};
+use http::{HeaderMap, HeaderName, Request, Response};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -29,23 +30,24 @@ use opentelemetry_sdk::metrics::exporter::PushMetricExporter;
 use opentelemetry_sdk::metrics::{PeriodicReader, SdkMeterProvider, Temporality};
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use tokio::runtime::Handle;
+use tokio::task::AbortHandle;
 use tonic::metadata::MetadataMap;
 
 use crate::config::ConfigError;
 use crate::record::stats::Drops;
 use crate::telemetry::env::Signal;
 use crate::telemetry::settings::{Otlp, Plan, Protocol};
-use crate::telemetry::span_processor::{Episode, ExactSpanProcessor, SpanQueueConfig};
+use crate::telemetry::span_processor::{Episode, ExactSpanProcessor, Flusher, SpanQueueConfig};
 
 /// How much of a collector's answer is read.
 const LONGEST_ANSWER: usize = 4 << 20;
 
-/// The provider of spans, if they go anywhere.
+/// The provider of spans and what flushes it, if they go anywhere.
 pub(crate) fn tracer_provider(
     plan: &Plan,
     runtime: &Handle,
     drops: &Arc<Drops>,
-) -> Result<Option<SdkTracerProvider>, ConfigError> {
+) -> Result<Option<(SdkTracerProvider, Flusher)>, ConfigError> {
     let Some(otlp) = &plan.traces else {
         return Ok(None);
     };
@@ -73,13 +75,13 @@ pub(crate) fn tracer_provider(
         drops.spans.clone(),
         on_episode,
     );
-    Ok(Some(
-        SdkTracerProvider::builder()
-            .with_span_processor(processor)
-            .with_sampler(plan.sampler.clone())
-            .with_resource(plan.resource.clone())
-            .build(),
-    ))
+    let flusher = processor.flusher();
+    let provider = SdkTracerProvider::builder()
+        .with_span_processor(processor)
+        .with_sampler(plan.sampler.clone())
+        .with_resource(plan.resource.clone())
+        .build();
+    Ok(Some((provider, flusher)))
 }
 
 /// The provider of metrics that are pushed, if they are.
@@ -114,7 +116,7 @@ fn grpc<B: WithExportConfig + WithTonicConfig>(builder: B, otlp: &Otlp) -> B {
     let builder = builder
         .with_endpoint(&otlp.endpoint)
         .with_timeout(otlp.timeout)
-        .with_metadata(otlp.metadata());
+        .with_interceptor(otlp.only_our_headers());
     if otlp.gzip {
         builder.with_compression(Compression::Gzip)
     } else {
@@ -131,8 +133,7 @@ fn http<B: WithExportConfig + WithHttpConfig>(
         .with_protocol(opentelemetry_otlp::Protocol::HttpBinary)
         .with_http_client(RuntimeClient::new(runtime, otlp)?)
         .with_endpoint(&otlp.endpoint)
-        .with_timeout(otlp.timeout)
-        .with_headers(otlp.escaped_headers());
+        .with_timeout(otlp.timeout);
     Ok(if otlp.gzip {
         builder.with_compression(Compression::Gzip)
     } else {
@@ -146,27 +147,27 @@ pub(crate) fn meters(resource: &Resource) -> opentelemetry_sdk::metrics::MeterPr
 }
 
 impl Otlp {
-    fn metadata(&self) -> MetadataMap {
-        let mut headers = http::HeaderMap::new();
-        for (name, value) in &self.headers {
-            // Checked when the settings were read.
-            if let (Ok(name), Ok(value)) = (
-                http::HeaderName::try_from(name.as_str()),
-                http::HeaderValue::try_from(value.as_str()),
-            ) {
-                headers.insert(name, value);
-            }
-        }
-        MetadataMap::from_headers(headers)
-    }
-
-    /// opentelemetry-otlp takes header values in percent encoding, also those given in code.
-    fn escaped_headers(&self) -> std::collections::HashMap<String, String> {
-        let escaped = |value: &str| value.replace('%', "%25");
+    fn header_map(&self) -> HeaderMap {
+        // Checked when the settings were read.
         self.headers
             .iter()
-            .map(|(name, value)| (name.clone(), escaped(value)))
+            .filter_map(|(name, value)| Some((name.parse().ok()?, value.parse().ok()?)))
             .collect()
+    }
+
+    /// opentelemetry-otlp puts the headers of the process's environment over those it is given. So
+    /// ours, in which the environment had its say already, take the place of them all.
+    fn only_our_headers(
+        &self,
+    ) -> impl FnMut(tonic::Request<()>) -> Result<tonic::Request<()>, tonic::Status> + Clone + use<>
+    {
+        let ours = self.header_map();
+        move |mut request| {
+            let mut headers = std::mem::take(request.metadata_mut()).into_headers();
+            only(&mut headers, &[USER_AGENT], &ours);
+            *request.metadata_mut() = MetadataMap::from_headers(headers);
+            Ok(request)
+        }
     }
 
     fn refused(&self, error: ExporterBuildError) -> ConfigError {
@@ -196,6 +197,19 @@ impl Otlp {
             uri.scheme_str().unwrap_or("http"),
             uri.path()
         )
+    }
+}
+
+/// Keeps these headers, drops the others, and puts ours over them.
+fn only(headers: &mut HeaderMap, kept: &[HeaderName], ours: &HeaderMap) {
+    let mut all = std::mem::take(headers);
+    for name in kept {
+        if let Some(value) = all.remove(name) {
+            headers.insert(name, value);
+        }
+    }
+    for (name, value) in ours {
+        headers.insert(name, value.clone());
     }
 }
 
@@ -267,6 +281,7 @@ type ExportConnector = hyper_rustls::HttpsConnector<HttpConnector>;
 struct RuntimeClient {
     runtime: Handle,
     client: Client<ExportConnector, Full<Bytes>>,
+    headers: HeaderMap,
     timeout: Duration,
 }
 
@@ -289,6 +304,7 @@ impl RuntimeClient {
         Ok(Self {
             runtime: runtime.clone(),
             client,
+            headers: otlp.header_map(),
             timeout: otlp.timeout,
         })
     }
@@ -296,7 +312,9 @@ impl RuntimeClient {
 
 #[async_trait::async_trait]
 impl HttpClient for RuntimeClient {
-    async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
+    async fn send_bytes(&self, mut request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
+        let kept = [CONTENT_ENCODING, CONTENT_TYPE, USER_AGENT];
+        only(request.headers_mut(), &kept, &self.headers);
         let (client, timeout) = (self.client.clone(), self.timeout);
         let exchange = async move {
             let (head, body) = client.request(request.map(Full::new)).await?.into_parts();
@@ -308,9 +326,20 @@ impl HttpClient for RuntimeClient {
         };
         // The answer comes through the task's handle, which any thread can wait on. The timer is
         // made inside the task, where the runtime is.
-        self.runtime
-            .spawn(async move { tokio::time::timeout(timeout, exchange).await })
-            .await??
+        let task = self
+            .runtime
+            .spawn(async move { tokio::time::timeout(timeout, exchange).await });
+        // Who gives the export up counts its spans as dropped: then they must not arrive after all.
+        let _abort = AbortOnDrop(task.abort_handle());
+        task.await??
+    }
+}
+
+struct AbortOnDrop(AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

@@ -4,10 +4,11 @@
 //! provider of their own. With [`go_conntrack_names`](crate::Builder::go_conntrack_names) the names
 //! of go-conntrack stand beside them: counters from the same counts, one reason per failure.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::fmt;
 use std::net::{SocketAddr, TcpListener};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -35,6 +36,8 @@ use crate::telemetry::otlp;
 const SCRAPERS: usize = 16;
 /// How long a scraper may take for its request's head.
 const HEAD: Duration = Duration::from_secs(10);
+/// How long the end of serving is waited for.
+const CLOSING: Duration = Duration::from_millis(100);
 
 /// Bound, and not serving yet.
 pub(crate) struct Endpoint {
@@ -42,10 +45,18 @@ pub(crate) struct Endpoint {
     registry: Registry,
 }
 
-/// Serving; ends when dropped.
+/// Serving; ends when dropped, and then the address is free.
 pub(crate) struct Serving {
     address: SocketAddr,
     task: AbortHandle,
+    // Never locked: the mutex makes it `Sync`, as the guard is.
+    closed: Mutex<mpsc::Receiver<Infallible>>,
+}
+
+/// The listener, and the sign that it is closed: dropped in this order.
+struct Open {
+    listener: tokio::net::TcpListener,
+    _sign: mpsc::Sender<Infallible>,
 }
 
 impl Serving {
@@ -57,6 +68,10 @@ impl Serving {
 impl Drop for Serving {
     fn drop(&mut self) {
         self.task.abort();
+        // A moment: the task ends when the runtime's thread looks at it.
+        if let Ok(closed) = self.closed.get_mut() {
+            let _ = closed.recv_timeout(CLOSING);
+        }
     }
 }
 
@@ -96,20 +111,28 @@ impl Endpoint {
                 .with_source(error)
         };
         let address = self.listener.local_addr().map_err(refused)?;
-        let listener = tokio::net::TcpListener::from_std(self.listener).map_err(refused)?;
+        let (sign, closed) = mpsc::channel();
+        let open = Open {
+            listener: tokio::net::TcpListener::from_std(self.listener).map_err(refused)?,
+            _sign: sign,
+        };
         let registry = Arc::new(self.registry);
-        let task = runtime.spawn(accept(listener, registry)).abort_handle();
-        Ok(Serving { address, task })
+        let task = runtime.spawn(accept(open, registry)).abort_handle();
+        Ok(Serving {
+            address,
+            task,
+            closed: Mutex::new(closed),
+        })
     }
 }
 
-async fn accept(listener: tokio::net::TcpListener, registry: Arc<Registry>) {
+async fn accept(open: Open, registry: Arc<Registry>) {
     let places = Arc::new(Semaphore::new(SCRAPERS));
     loop {
         let Ok(place) = places.clone().acquire_owned().await else {
             return;
         };
-        let stream = match listener.accept().await {
+        let stream = match open.listener.accept().await {
             Ok((stream, _)) => stream,
             Err(_) => {
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -143,7 +166,11 @@ fn answer<B>(request: &Request<B>, registry: &Registry) -> Response<Full<Bytes>>
         return plain(StatusCode::NOT_FOUND, "metrics are at /metrics\n".into());
     }
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
-        return plain(StatusCode::METHOD_NOT_ALLOWED, "GET it\n".into());
+        let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, "GET it\n".into());
+        response
+            .headers_mut()
+            .insert(header::ALLOW, header::HeaderValue::from_static("GET, HEAD"));
+        return response;
     }
     match text(registry) {
         Ok(text) => {
@@ -180,6 +207,7 @@ impl Conntrack {
     pub fn go_conntrack_collector(&self) -> GoConntrackCollector {
         GoConntrackCollector {
             recorder: self.recorder.clone(),
+            descriptions: descriptions().into(),
         }
     }
 }
@@ -188,6 +216,7 @@ impl Conntrack {
 #[derive(Clone)]
 pub struct GoConntrackCollector {
     recorder: Recorder,
+    descriptions: Arc<[Desc]>,
 }
 
 impl fmt::Debug for GoConntrackCollector {
@@ -197,60 +226,84 @@ impl fmt::Debug for GoConntrackCollector {
     }
 }
 
+type Rows = fn(&ScopeStats) -> Vec<(Option<&'static str>, u64)>;
+
+/// go-conntrack's names, with its help texts.
+const FAMILIES: &[(&str, &str, Direction, Rows)] = &[
+    (
+        "net_conntrack_dialer_conn_attempted_total",
+        "Total number of connections attempted by the given dialer a given name.",
+        Direction::Outbound,
+        |s| vec![(None, s.attempts)],
+    ),
+    (
+        "net_conntrack_dialer_conn_established_total",
+        "Total number of connections successfully established by the given dialer a given name.",
+        Direction::Outbound,
+        |s| vec![(None, s.established)],
+    ),
+    (
+        "net_conntrack_dialer_conn_failed_total",
+        "Total number of connections failed to dial by the dialer a given name.",
+        Direction::Outbound,
+        failed,
+    ),
+    (
+        "net_conntrack_dialer_conn_closed_total",
+        "Total number of connections closed which originated from the dialer of a given name.",
+        Direction::Outbound,
+        |s| vec![(None, s.closed_total())],
+    ),
+    (
+        "net_conntrack_listener_conn_accepted_total",
+        "Total number of connections opened to the listener of a given name.",
+        Direction::Inbound,
+        |s| vec![(None, s.accepted)],
+    ),
+    (
+        "net_conntrack_listener_conn_closed_total",
+        "Total number of connections closed that were made to the listener of a given name.",
+        Direction::Inbound,
+        |s| vec![(None, s.closed_total())],
+    ),
+];
+
+/// The label that has the name of what is counted.
+const fn label(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Inbound => "listener_name",
+        Direction::Outbound => "dialer_name",
+    }
+}
+
+/// What the registry knows a collector by. Without any, it takes it for the OpenTelemetry exporter's
+/// and refuses the second of them.
+fn descriptions() -> Vec<Desc> {
+    FAMILIES
+        .iter()
+        .filter_map(|(name, help, direction, _)| {
+            let labels = vec![label(*direction).to_owned()];
+            Desc::new(
+                (*name).to_owned(),
+                (*help).to_owned(),
+                labels,
+                HashMap::new(),
+            )
+            .ok()
+        })
+        .collect()
+}
+
 impl Collector for GoConntrackCollector {
     fn desc(&self) -> Vec<&Desc> {
-        // An unchecked collector, in Prometheus' words: its names are not known to the registry.
-        Vec::new()
+        self.descriptions.iter().collect()
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
-        type Rows = fn(&ScopeStats) -> Vec<(Option<&'static str>, u64)>;
-        const FAMILIES: &[(&str, &str, Direction, Rows)] = &[
-            (
-                "net_conntrack_dialer_conn_attempted_total",
-                "Total number of connections attempted by the given dialer a given name.",
-                Direction::Outbound,
-                |s| vec![(None, s.attempts)],
-            ),
-            (
-                "net_conntrack_dialer_conn_established_total",
-                "Total number of connections successfully established by the given dialer a given name.",
-                Direction::Outbound,
-                |s| vec![(None, s.established)],
-            ),
-            (
-                "net_conntrack_dialer_conn_failed_total",
-                "Total number of connections failed to dial by the dialer a given name.",
-                Direction::Outbound,
-                failed,
-            ),
-            (
-                "net_conntrack_dialer_conn_closed_total",
-                "Total number of connections closed which originated from the dialer of a given name.",
-                Direction::Outbound,
-                |s| vec![(None, s.closed_total())],
-            ),
-            (
-                "net_conntrack_listener_conn_accepted_total",
-                "Total number of connections opened to the listener of a given name.",
-                Direction::Inbound,
-                |s| vec![(None, s.accepted)],
-            ),
-            (
-                "net_conntrack_listener_conn_closed_total",
-                "Total number of connections closed that were made to the listener of a given name.",
-                Direction::Inbound,
-                |s| vec![(None, s.closed_total())],
-            ),
-        ];
         let stats = self.recorder.stats();
         let mut families = Vec::new();
         for (name, help, direction, rows) in FAMILIES {
-            let label = if *direction == Direction::Outbound {
-                "dialer_name"
-            } else {
-                "listener_name"
-            };
+            let label = label(*direction);
             let scopes = stats
                 .scopes
                 .iter()

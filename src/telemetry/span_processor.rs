@@ -189,14 +189,25 @@ impl ExactSpanProcessor {
         Arc::clone(&self.shared.exported)
     }
 
+    /// What flushes it within a bound of the caller's. Take it before the processor moves into a
+    /// provider.
+    pub(crate) fn flusher(&self) -> Flusher {
+        Flusher(Arc::clone(&self.shared))
+    }
+
     /// [`force_flush`](SpanProcessor::force_flush) with a bound of the caller's.
     fn flush_within(&self, bound: Duration) -> OTelSdkResult {
-        let answer = self.shared.begin_flush()?;
-        match answer.recv_timeout(bound) {
-            Ok(result) => result,
-            Err(RecvTimeoutError::Timeout) => Err(OTelSdkError::Timeout(bound)),
-            Err(RecvTimeoutError::Disconnected) => Err(worker_gone()),
-        }
+        self.shared.flush_within(bound)
+    }
+}
+
+/// [`force_flush`](SpanProcessor::force_flush) with a bound, which providers have no way to pass on.
+#[derive(Clone)]
+pub(crate) struct Flusher(Arc<Shared>);
+
+impl Flusher {
+    pub(crate) fn flush_within(&self, bound: Duration) -> OTelSdkResult {
+        self.0.flush_within(bound)
     }
 }
 
@@ -405,6 +416,15 @@ impl Shared {
         drop(state);
         self.wake.notify_one();
         Ok(answered)
+    }
+
+    fn flush_within(&self, bound: Duration) -> OTelSdkResult {
+        let answer = self.begin_flush()?;
+        match answer.recv_timeout(bound) {
+            Ok(result) => result,
+            Err(RecvTimeoutError::Timeout) => Err(OTelSdkError::Timeout(bound)),
+            Err(RecvTimeoutError::Disconnected) => Err(worker_gone()),
+        }
     }
 
     fn begin_shutdown(
