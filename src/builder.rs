@@ -215,9 +215,7 @@ impl Telemetry {
         }
         if !meters.is_empty() {
             sinks.push(Arc::new(Histograms::new(&meters, &recorder)));
-            for meter in &meters {
-                observe(meter, &recorder);
-            }
+            observe(&meters, &recorder);
         }
         recorder.set_sinks(sinks);
 

@@ -7,7 +7,7 @@ use crate::builder::Builder;
 use crate::config::{ConfigError, valid_name};
 use crate::event::{Direction, Endpoint, Target};
 use crate::io::{Endpoints, TrackedIo};
-use crate::outbound::track;
+use crate::outbound::{scope_of_exporter, track};
 use crate::record::Recorder;
 use crate::record::stats::{ConnectionSnapshot, Stats};
 
@@ -132,7 +132,9 @@ impl Conntrack {
     {
         valid_name("dialer name", name)?;
         let scope = self.recorder.declared(Direction::Outbound, name);
-        track(&self.recorder, &scope, target.into(), dial)
+        let (recorder, scope) =
+            scope_of_exporter().unwrap_or_else(|| (self.recorder.clone(), scope));
+        track(&recorder, &scope, target.into(), dial)
             .await
             .map_err(TrackError::Dial)
     }

@@ -44,6 +44,12 @@ pub trait Observer: Send + Sync + 'static {
     fn lost(&self) -> u64 {
         0
     }
+
+    /// How many panics of others this observer caught, counted into
+    /// [`Dropped::observer_panics`](crate::Dropped::observer_panics). Default: none.
+    fn panics(&self) -> u64 {
+        0
+    }
 }
 
 impl<O: Observer + ?Sized> Observer for Arc<O> {
@@ -53,6 +59,10 @@ impl<O: Observer + ?Sized> Observer for Arc<O> {
 
     fn lost(&self) -> u64 {
         (**self).lost()
+    }
+
+    fn panics(&self) -> u64 {
+        (**self).panics()
     }
 }
 
@@ -169,6 +179,9 @@ impl fmt::Debug for Hooks {
 #[derive(Clone, Default)]
 pub struct Composed {
     observers: Arc<[Arc<dyn Observer>]>,
+    /// The most that each said it lost and caught: what is counted must not go down, whatever they
+    /// say.
+    most: Arc<[[AtomicU64; 2]]>,
     panics: Arc<AtomicU64>,
 }
 
@@ -195,6 +208,7 @@ pub fn compose<O: Observer>(observers: impl IntoIterator<Item = O>) -> Composed 
 impl Composed {
     pub(crate) fn new(observers: Vec<Arc<dyn Observer>>) -> Self {
         Self {
+            most: observers.iter().map(|_| Default::default()).collect(),
             observers: observers.into(),
             panics: Arc::default(),
         }
@@ -204,10 +218,32 @@ impl Composed {
         self.observers.is_empty()
     }
 
-    /// How often one of them panicked.
+    /// How often one of them panicked, or one that these caught.
     pub fn panics(&self) -> u64 {
-        self.panics.load(Ordering::Relaxed)
+        self.panics.load(Ordering::Relaxed) + self.sum(1, Observer::panics)
     }
+
+    fn sum(&self, which: usize, count: fn(&dyn Observer) -> u64) -> u64 {
+        self.observers
+            .iter()
+            .zip(&*self.most)
+            .map(|(observer, most)| {
+                // A panic here must not reach a metrics collection.
+                let now = shielded(|| count(&**observer)).unwrap_or(0);
+                most[which].fetch_max(now, Ordering::Relaxed).max(now)
+            })
+            .sum()
+    }
+}
+
+/// Calls foreign code; none if it panicked. What it threw may panic again when it is dropped.
+pub(crate) fn shielded<R>(call: impl FnOnce() -> R) -> Option<R> {
+    catch_unwind(AssertUnwindSafe(call))
+        .map_err(|payload| {
+            let dropped = catch_unwind(AssertUnwindSafe(|| drop(payload)));
+            dropped.map_err(std::mem::forget)
+        })
+        .ok()
 }
 
 impl Observer for Composed {
@@ -215,21 +251,18 @@ impl Observer for Composed {
         for observer in self.observers.iter() {
             // The observer is not touched again by us after a panic but through `&self`, and its
             // own state is its own business: that is what unwind safety is asserted for.
-            let outcome = catch_unwind(AssertUnwindSafe(|| observer.on_connection_event(event)));
-            if outcome.is_err() {
+            if shielded(|| observer.on_connection_event(event)).is_none() {
                 self.panics.fetch_add(1, Ordering::Relaxed);
             }
         }
     }
 
     fn lost(&self) -> u64 {
-        self.observers
-            .iter()
-            .map(|observer| {
-                // A panic here must not reach a metrics collection.
-                catch_unwind(AssertUnwindSafe(|| observer.lost())).unwrap_or(0)
-            })
-            .sum()
+        self.sum(0, Observer::lost)
+    }
+
+    fn panics(&self) -> u64 {
+        self.panics()
     }
 }
 

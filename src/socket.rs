@@ -1,5 +1,6 @@
 //! Socket options that listeners and dialers share.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use socket2::TcpKeepalive;
@@ -59,18 +60,23 @@ impl Keepalive {
         keepalive
     }
 
-    /// Zero or less than the kernel's unit of one second would be an error of `setsockopt` on each
-    /// socket; it is one of the setting instead.
+    /// Less than the kernel's unit of one second, or more than it takes (Linux: `MAX_TCP_KEEPIDLE`,
+    /// `MAX_TCP_KEEPINTVL`, `MAX_TCP_KEEPCNT`), would be an error of `setsockopt` on each socket; it
+    /// is one of the setting instead.
     pub(crate) fn check(self, setting: &str) -> Result<Self, crate::ConfigError> {
-        if self.idle < Duration::from_secs(1)
-            || self.interval < Duration::from_secs(1)
-            || self.retries == Some(0)
+        const TIMES: RangeInclusive<Duration> =
+            Duration::from_secs(1)..=Duration::from_secs(32_767);
+        if !TIMES.contains(&self.idle)
+            || !TIMES.contains(&self.interval)
+            || !self
+                .retries
+                .is_none_or(|retries| (1..=127).contains(&retries))
         {
             return Err(crate::ConfigError::new(
                 setting,
                 &format!("{self:?}"),
-                "times must be at least one second and retries at least one; leave the setting out \
-                 for no keepalive",
+                "times must be from 1 to 32767 seconds and retries from 1 to 127; leave the \
+                 setting out for no keepalive",
             ));
         }
         Ok(self)

@@ -199,9 +199,10 @@ impl ListenerBuilder {
         self,
         address: impl ToSocketAddrs + fmt::Debug,
     ) -> Result<Listener, ConfigError> {
-        let listener = TcpListener::bind(&address)
-            .await
-            .map_err(|error| cannot_bind(&format!("{address:?}"), error))?;
+        let listener = TcpListener::bind(&address).await.map_err(|error| {
+            // The quotes that a string's debug text has; the error puts its own around the value.
+            cannot_bind(format!("{address:?}").trim_matches('"'), error)
+        })?;
         self.wrap(listener)
     }
 

@@ -22,7 +22,7 @@ use pin_project_lite::pin_project;
 use tower_layer::Layer;
 use tower_service::Service;
 
-use crate::event::ProtocolVersion;
+use crate::event::{ConnectionState, ProtocolVersion};
 use crate::outbound::name::DialName;
 use crate::record::Connection;
 use crate::record::handle::{ConnectionRecord, RequestGuard, watch_clones};
@@ -124,39 +124,45 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let inner = this.inner;
+        let first = this.guard.is_none();
         let mut seen = None;
-        let polled = if this.capture.is_none() {
-            inner.poll(cx)
-        } else {
-            let (polled, connection) = watch_clones(|| match this.name {
-                // The connector is called within this poll, and looks for the name there.
-                Some(name) => name.sync_scope(|| inner.poll(cx)),
-                None => inner.poll(cx),
-            });
+        // The connector is called within this poll, and looks for the name there.
+        let poll = || match this.name {
+            Some(name) => name.sync_scope(|| inner.poll(cx)),
+            None => inner.poll(cx),
+        };
+        let polled = if first && this.capture.is_some() {
+            let (polled, connection) = watch_clones(poll);
             seen = connection;
             polled
+        } else {
+            poll()
         };
         // The pool hands out a connection within a poll, so after each one is when to look; no
-        // waker is needed for it.
-        if let Some(capture) = this.capture
-            && let Some(guard) = acquired(capture, seen, this.caller)
+        // waker is needed for it. It hands out another one when the first turned out to be closed.
+        let connection = this.guard.as_ref().map(RequestGuard::connection);
+        if connection.is_none_or(|connection| connection.state() == ConnectionState::Closed)
+            && let Some(capture) = this.capture
         {
-            *this.guard = guard;
-            *this.capture = None;
+            match captured(capture, seen) {
+                Some(Some(connection)) => acquired(&connection, this.guard, this.caller),
+                Some(None) => *this.capture = None,
+                None => {}
+            }
         }
-        let response = ready!(polled)?;
-        let mut guard = this.guard.take();
+        let response = match ready!(polled) {
+            Ok(response) => response,
+            Err(error) => {
+                *this.guard = None;
+                return Poll::Ready(Err(error));
+            }
+        };
         // hyper-util tries again by itself when a pooled connection turns out dead. The response says
         // which connection it really came on.
-        if let Some(ConnectionRecord(connection)) = response.extensions().get()
-            && guard
-                .as_ref()
-                .is_none_or(|guard| !Arc::ptr_eq(guard.connection(), connection))
-        {
-            this.caller
-                .acquired(connection, connection.request_started());
-            guard = Some(RequestGuard::new(connection.clone()));
+        if let Some(ConnectionRecord(connection)) = response.extensions().get() {
+            acquired(connection, this.guard, this.caller);
         }
+        let mut guard = this.guard.take();
         if let Some(guard) = &guard
             && let Some(version) = protocol(response.version())
         {
@@ -188,27 +194,31 @@ impl<F> fmt::Debug for ResponseFuture<F> {
 /// The connection that the pool handed out, if it has: none while it hasn't, an inner none for a
 /// connection that is not ours.
 ///
-/// `seen` is the only record that was cloned in the poll. If the pool did hand one out in it, that
-/// is the one, because handing out means cloning.
-fn acquired(
+/// `seen` is the only record that was cloned in the poll in which the pool handed out the first one.
+/// It is that one, because handing out means cloning.
+fn captured(
     capture: &CaptureConnection,
     seen: Option<Arc<Connection>>,
-    caller: &Caller,
-) -> Option<Option<RequestGuard>> {
+) -> Option<Option<Arc<Connection>>> {
     let metadata = capture.connection_metadata();
     let connected = metadata.as_ref()?;
-    let connection = seen.or_else(|| {
+    Some(seen.or_else(|| {
         let mut extras = Extensions::new();
         connected.get_extras(&mut extras);
         extras.remove::<ConnectionRecord>().map(|record| record.0)
-    });
-    drop(metadata);
-    let Some(connection) = connection else {
-        return Some(None);
-    };
-    let found = connection.request_started();
-    caller.acquired(&connection, found);
-    Some(Some(RequestGuard::new(connection)))
+    }))
+}
+
+/// The request has this connection from now on, and no other.
+fn acquired(connection: &Arc<Connection>, guard: &mut Option<RequestGuard>, caller: &Caller) {
+    if guard
+        .as_ref()
+        .is_some_and(|guard| Arc::ptr_eq(guard.connection(), connection))
+    {
+        return;
+    }
+    caller.acquired(connection, connection.request_started());
+    *guard = Some(RequestGuard::new(connection.clone()));
 }
 
 const fn protocol(version: Version) -> Option<ProtocolVersion> {

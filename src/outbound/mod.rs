@@ -30,8 +30,7 @@ pub(crate) mod tls;
 use std::future::Future;
 use std::sync::Arc;
 
-use crate::event::IoLayer;
-use crate::event::Target;
+use crate::event::{Direction, IoLayer, Target};
 use crate::io::{Endpoints, TrackedIo};
 use crate::outbound::failure::classify;
 use crate::record::{Recorder, Scope};
@@ -60,5 +59,27 @@ where
             attempt.failed(classify(&error));
             Err(error)
         }
+    }
+}
+
+/// Telemetry does not watch itself: what an exporter dials goes to a recorder that nobody reads.
+pub(crate) fn scope_of_exporter() -> Option<(Recorder, Arc<Scope>)> {
+    suppressed().then(|| {
+        let shadow = Recorder::shadow();
+        let scope = shadow.learned(Direction::Outbound, "exporter");
+        (shadow, scope)
+    })
+}
+
+/// Whether the caller is a telemetry exporter: the OpenTelemetry SDK marks its threads, and so does
+/// this crate's own runtime for exporters.
+fn suppressed() -> bool {
+    #[cfg(feature = "otel")]
+    {
+        opentelemetry::Context::is_current_telemetry_suppressed()
+    }
+    #[cfg(not(feature = "otel"))]
+    {
+        false
     }
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use crate::config::{ConfigError, valid_name};
 use crate::event::Direction;
+use crate::outbound::scope_of_exporter;
 use crate::record::{Recorder, Scope};
 
 tokio::task_local! {
@@ -69,13 +70,9 @@ impl fmt::Display for DialName {
 }
 
 /// Where an attempt is recorded: under the caller's name if there is one, else the dialer's own.
-///
-/// Telemetry does not watch itself: what an exporter dials goes to a recorder that nobody reads.
 pub(crate) fn scope_of_call(recorder: &Recorder, own: &Arc<Scope>) -> (Recorder, Arc<Scope>) {
-    if suppressed() {
-        let shadow = Recorder::shadow();
-        let scope = shadow.learned(Direction::Outbound, "exporter");
-        return (shadow, scope);
+    if let Some(unread) = scope_of_exporter() {
+        return unread;
     }
     let Ok(scope) = NAME.try_with(|name| recorder.learned(Direction::Outbound, name)) else {
         return (recorder.clone(), own.clone());
@@ -90,17 +87,4 @@ pub(crate) fn scope_of_call(recorder: &Recorder, own: &Arc<Scope>) -> (Recorder,
         }
     }
     (recorder.clone(), scope)
-}
-
-/// Whether the caller is a telemetry exporter: the OpenTelemetry SDK marks its threads, and so does
-/// this crate's own runtime for exporters.
-fn suppressed() -> bool {
-    #[cfg(feature = "otel")]
-    {
-        opentelemetry::Context::is_current_telemetry_suppressed()
-    }
-    #[cfg(not(feature = "otel"))]
-    {
-        false
-    }
 }

@@ -114,6 +114,14 @@ pub(crate) fn reason(error: &io::Error) -> FailureReason {
     }
     match crate::outbound::failure::classify(error) {
         FailureReason::Other | FailureReason::InvalidArgument => FailureReason::NoRecovery,
+        // It was the name server that did not answer or was out of reach, not the host: what
+        // `getaddrinfo` calls EAI_AGAIN.
+        FailureReason::TimedOut
+        | FailureReason::ConnectionRefused
+        | FailureReason::ConnectionReset
+        | FailureReason::HostUnreachable
+        | FailureReason::NetworkDown
+        | FailureReason::NetworkUnreachable => FailureReason::TryAgain,
         reason => reason,
     }
 }

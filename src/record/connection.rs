@@ -151,6 +151,12 @@ impl Connection {
         self.wall(self.elapsed())
     }
 
+    /// Now, if it is open now: no close has an earlier time.
+    pub(crate) fn open_now(&self) -> Option<Duration> {
+        let _still = self.scope.shard(self.id);
+        self.closed.get().is_none().then(|| self.elapsed())
+    }
+
     // === reading ===
 
     pub(crate) fn state(&self) -> ConnectionState {
@@ -197,11 +203,15 @@ impl Connection {
 
     pub(crate) fn snapshot(&self) -> ConnectionSnapshot {
         let now = self.elapsed();
-        let timeline = lock(&self.timeline).clone();
         // Nothing changes while the shard is locked.
         let _still = self.scope.shard(self.id);
         {
-            let ends = self.ends.get();
+            let timeline = self.timeline();
+            let state = self.state();
+            // What sinks are told before the transition is not true yet.
+            let settled = state != ConnectionState::Connecting;
+            let ends = self.ends.get().filter(|_| settled);
+            let failed = self.failed.get().filter(|_| settled);
             let closed = self.closed.get();
             let end = closed.map_or(now, |close| close.at);
             let (bytes_read, bytes_written) = self.bytes();
@@ -212,13 +222,13 @@ impl Connection {
                 target: self.target.clone(),
                 local: ends.and_then(|ends| ends.local.clone()),
                 peer: ends.and_then(|ends| ends.peer.clone()),
-                state: self.state(),
+                state,
                 protocol: self.protocol(),
                 tls: self.tls.get().cloned(),
                 started: self.started_wall,
                 setup: ends
                     .map(|ends| ends.usable_at)
-                    .or_else(|| self.failed.get().map(|(_, at)| *at)),
+                    .or_else(|| failed.map(|(_, at)| *at)),
                 age: ends.map(|ends| end.saturating_sub(ends.usable_at)),
                 idle_for: if closed.is_some() {
                     None
@@ -233,44 +243,53 @@ impl Connection {
                 timeline: timeline.entries().collect(),
                 timeline_dropped: timeline.dropped(),
                 closed: closed.map(|close| (close.reason, close.initiator)),
-                failed: self.failed.get().map(|(reason, _)| *reason),
+                failed: failed.map(|(reason, _)| *reason),
             }
         }
     }
 
     // === set-up phases ===
 
-    pub(crate) fn phase_start(&self, kind: PhaseKind) -> Option<usize> {
-        let from = self.elapsed();
-        let mut phases = lock(&self.phases);
-        if phases.len() == PHASES {
-            return None;
-        }
-        phases.push(Phase {
+    /// Begins a phase; gives it back where as many as are kept are there already.
+    pub(crate) fn phase_start(&self, kind: PhaseKind) -> Result<usize, Phase> {
+        let phase = Phase {
             kind,
-            from,
+            from: self.elapsed(),
             to: None,
             error: None,
-        });
-        Some(phases.len() - 1)
+        };
+        let mut phases = lock(&self.phases);
+        if phases.len() == PHASES {
+            return Err(phase);
+        }
+        phases.push(phase);
+        Ok(phases.len() - 1)
     }
 
     /// Ends a phase; gives back what it was and how long it took.
     pub(crate) fn phase_end(
         &self,
-        index: usize,
+        started: Result<usize, Phase>,
         error: Option<FailureReason>,
         answers: Vec<std::net::IpAddr>,
     ) -> Option<Phase> {
         let now = self.elapsed();
-        let mut phases = lock(&self.phases);
-        let phase = phases.get_mut(index).filter(|phase| phase.to.is_none())?;
-        phase.to = Some(now);
-        phase.error = error;
-        if let PhaseKind::Dns { addresses, .. } = &mut phase.kind {
-            *addresses = answers;
+        let end = |phase: &mut Phase| {
+            phase.to = Some(now);
+            phase.error = error;
+            if let PhaseKind::Dns { addresses, .. } = &mut phase.kind {
+                *addresses = answers;
+            }
+            phase.clone()
+        };
+        match started {
+            Ok(index) => {
+                let mut phases = lock(&self.phases);
+                let phase = phases.get_mut(index).filter(|phase| phase.to.is_none())?;
+                Some(end(phase))
+            }
+            Err(mut phase) => Some(end(&mut phase)),
         }
-        Some(phase.clone())
     }
 
     /// Takes the phases, for the sinks; they are not kept after set-up.
@@ -304,8 +323,9 @@ impl Connection {
 
     pub(crate) fn moment(&self, moment: Moment) {
         if self.keeps_timeline() {
-            let at = self.elapsed();
-            lock(&self.timeline).push(at, moment);
+            let mut timeline = lock(&self.timeline);
+            // Read under the lock, so that the moments are in order.
+            timeline.push(self.elapsed(), moment);
         }
     }
 
@@ -322,10 +342,10 @@ impl Connection {
 
     /// Set-up ended well: the connection is open, and idle where its requests will be seen.
     pub(crate) fn opened(&self, to: ConnectionState, established: Option<Duration>) {
-        if to == ConnectionState::Idle {
-            self.idle_since.store(self.nanos(self.elapsed()), Relaxed);
-        }
         self.scope.transition(|t| {
+            if to == ConnectionState::Idle {
+                self.idle_since.store(self.nanos(self.elapsed()), Relaxed);
+            }
             let counts = t.counts();
             if established.is_some() {
                 counts.connecting -= 1;
@@ -369,8 +389,8 @@ impl Connection {
                     },
                 );
             }
+            self.moment(Moment::State(to));
         });
-        self.moment(Moment::State(to));
     }
 
     /// Set-up failed.
@@ -390,23 +410,25 @@ impl Connection {
 
     /// A request has the connection.
     pub(crate) fn request_started(&self) -> Acquired {
-        let idle_since = self.idle_since.swap(0, Relaxed);
-        let (number, was) = self.change(|shard| {
+        self.change(|shard| {
             let number = self.requests.load(Relaxed) + 1;
             self.requests.store(number, Relaxed);
             shard.requests += 1;
             let running = self.in_flight.load(Relaxed) + 1;
             self.in_flight.store(running, Relaxed);
-            let was = self.state();
+            let (was, idle_since) = (self.state(), self.idle_since.load(Relaxed));
             let starts =
                 running == 1 && matches!(was, ConnectionState::Open | ConnectionState::Idle);
-            ((number, was), starts.then_some(ConnectionState::Active))
-        });
-        Acquired {
-            reused: number > 1,
-            was_idle: was == ConnectionState::Idle,
-            idle_since,
-        }
+            if starts {
+                self.idle_since.store(0, Relaxed);
+            }
+            let found = Acquired {
+                reused: number > 1,
+                was_idle: was == ConnectionState::Idle,
+                idle_since,
+            };
+            (found, starts.then_some(ConnectionState::Active))
+        })
     }
 
     pub(crate) fn request_finished(&self) {
@@ -429,27 +451,26 @@ impl Connection {
         let change = || {
             let mut shard = self.scope.shard(self.id);
             let (result, to) = what(&mut shard);
-            (result, to.map(|to| (self.move_to(&mut shard, to), to)))
+            let changed = to.map(|to| (self.move_to(&mut shard, to), to));
+            if let Some((_, to)) = changed {
+                self.moment(Moment::State(to));
+            }
+            (result, changed)
         };
-        let (result, changed) = if self.scope.observed() {
-            self.scope.transition(|t| {
-                let (result, changed) = change();
-                if let Some((from, to)) = changed {
-                    t.emit(
-                        Some(self.id),
-                        || self.now_wall(),
-                        || ConnectionEventKind::StateChanged { from, to },
-                    );
-                }
-                (result, changed)
-            })
-        } else {
-            change()
-        };
-        if let Some((_, to)) = changed {
-            self.moment(Moment::State(to));
+        if !self.scope.observed() {
+            return change().0;
         }
-        result
+        self.scope.transition(|t| {
+            let (result, changed) = change();
+            if let Some((from, to)) = changed {
+                t.emit(
+                    Some(self.id),
+                    || self.now_wall(),
+                    || ConnectionEventKind::StateChanged { from, to },
+                );
+            }
+            result
+        })
     }
 
     /// Sets the state and moves the gauges; gives back the state before.

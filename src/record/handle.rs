@@ -73,7 +73,8 @@ impl ConnectionGuard {
 
     pub(crate) fn io_error(&self, error: &std::io::Error) {
         use std::io::ErrorKind::{
-            BrokenPipe, ConnectionAborted, ConnectionReset, Interrupted, TimedOut, WouldBlock,
+            BrokenPipe, ConnectionAborted, ConnectionReset, Interrupted, TimedOut, UnexpectedEof,
+            WouldBlock,
         };
         let (reason, initiator) = match error.kind() {
             Interrupted | WouldBlock => return,
@@ -81,6 +82,8 @@ impl ConnectionGuard {
                 (CloseReason::ConnectionReset, Initiator::Remote)
             }
             TimedOut => (CloseReason::TimedOut, Initiator::Local),
+            // What a TLS stream makes of an end of stream that the peer did not announce.
+            UnexpectedEof => (CloseReason::PeerClosed, Initiator::Remote),
             _ => (CloseReason::IoError, Initiator::Local),
         };
         if self.connection.hinted().is_none() {

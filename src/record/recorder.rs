@@ -7,7 +7,6 @@
 use std::collections::hash_map::RandomState;
 use std::collections::{BTreeMap, VecDeque};
 use std::hash::{BuildHasher, Hasher};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::SystemTime;
@@ -16,8 +15,8 @@ use crate::event::{
     AcceptErrorReason, ConnectionEventKind, ConnectionId, ConnectionState, Direction, Endpoint,
     FailureReason, IoLayer, RejectReason, Target,
 };
-use crate::observer::{Composed, Observer};
-use crate::record::connection::{Connection, Ends, PhaseKind};
+use crate::observer::{Composed, Observer, shielded};
+use crate::record::connection::{Connection, Ends, Phase, PhaseKind};
 use crate::record::handle::ConnectionGuard;
 use crate::record::stats::{ConnectionSnapshot, Dropped, Drops, Stats};
 use crate::record::{Scope, lock};
@@ -33,7 +32,7 @@ pub(crate) trait Sink: Send + Sync {
     fn setup_finished(
         &self,
         connection: &Connection,
-        phases: &[crate::record::connection::Phase],
+        phases: &[Phase],
         outcome: Result<(), FailureReason>,
     );
 
@@ -273,7 +272,7 @@ impl Recorder {
 
     /// Calls into a provider; one that panics must not take the service with it.
     pub(crate) fn shielded(&self, call: impl FnOnce()) {
-        if catch_unwind(AssertUnwindSafe(call)).is_err() {
+        if shielded(call).is_none() {
             self.0.drops.sink_panics(1);
         }
     }
@@ -332,7 +331,7 @@ impl Attempt {
     /// Begins a step of set-up; the step ends with the handle.
     pub(crate) fn phase(&self, kind: PhaseKind) -> PhaseGuard {
         let scope = &self.connection.scope;
-        let index = if self.recorder.wants_phases(scope) {
+        let started = if self.recorder.wants_phases(scope) {
             if scope.observed() {
                 self.tell(match &kind {
                     PhaseKind::Dns { host, .. } => {
@@ -346,13 +345,13 @@ impl Attempt {
                     },
                 });
             }
-            self.connection.phase_start(kind)
+            Some(self.connection.phase_start(kind))
         } else {
             None
         };
         PhaseGuard {
             connection: self.connection.clone(),
-            index,
+            started,
         }
     }
 
@@ -425,7 +424,9 @@ impl Drop for Attempt {
 /// A step of set-up under way. Dropped without a word, it was cancelled.
 pub(crate) struct PhaseGuard {
     connection: Arc<Connection>,
-    index: Option<usize>,
+    /// None where nobody wants to know. One beyond those that are kept is carried here, so that its
+    /// end is told like its beginning.
+    started: Option<Result<usize, Phase>>,
 }
 
 impl PhaseGuard {
@@ -443,11 +444,11 @@ impl PhaseGuard {
     }
 
     fn end(&mut self, error: Option<FailureReason>, addresses: Vec<std::net::IpAddr>) {
-        let Some(index) = self.index.take() else {
+        let Some(started) = self.started.take() else {
             return;
         };
         let connection = &self.connection;
-        let Some(phase) = connection.phase_end(index, error, addresses) else {
+        let Some(phase) = connection.phase_end(started, error, addresses) else {
             return;
         };
         if !connection.scope.observed() {

@@ -27,7 +27,8 @@ pub struct Dropped {
     pub metric_exports: u64,
     /// Events that no observer saw, because one was too slow for too long.
     pub events: u64,
-    /// Attempts to a host that has no label set of its own and is counted in `_other`.
+    /// What had no label set of its own and is counted in `_other`: attempts to hosts beyond a name's
+    /// bound, points of a histogram, series of a counter or gauge.
     pub label_sets: u64,
     /// Events that a [`channel`](crate::channel) had no room for.
     pub channel_items: u64,

@@ -43,12 +43,15 @@ fn run(recorder: &Recorder, writer: &SpanWriter, interval: Duration, stopped: &R
             let Some(ends) = connection.ends.get() else {
                 continue;
             };
-            let now = connection.elapsed();
             let last =
                 Duration::from_nanos(connection.checkpoint.load(Relaxed)).max(ends.usable_at);
-            if now.saturating_sub(last) < interval {
+            if connection.elapsed().saturating_sub(last) < interval {
                 continue;
             }
+            let Some(now) = connection.open_now() else {
+                // Closed since the list was made.
+                continue;
+            };
             recorder.shielded(|| writer.checkpoint(&connection, last, now));
             // Only this thread writes it.
             connection.checkpoint.store(now.as_nanos() as u64, Relaxed);

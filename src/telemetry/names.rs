@@ -176,6 +176,7 @@ pub const SPANS: &[SpanName] = &[
             DIRECTION,
             SERVER_ADDRESS,
             SERVER_PORT,
+            URL_SCHEME,
             PROTOCOL_VERSION,
             CONNECTION_REQUESTS,
             CONNECTION_IN_FLIGHT,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use opentelemetry::metrics::Meter;
@@ -198,17 +199,25 @@ impl Shared {
     }
 }
 
-/// Registers every observable with one meter.
+/// Registers every observable with every meter.
 ///
 /// The callbacks hold the record, so the last counts are exported even after every connection and
 /// `Conntrack` is gone. The API has no way to take a callback back.
-pub(crate) fn observe(meter: &Meter, recorder: &Recorder) {
+pub(crate) fn observe(meters: &[Meter], recorder: &Recorder) {
+    // The most label sets that each had to fold; the meters fold as many, so they count once.
+    let folded: Arc<[AtomicU64]> = OBSERVABLES.iter().map(|_| AtomicU64::new(0)).collect();
+    for meter in meters {
+        observe_with(meter, recorder, &folded);
+    }
+}
+
+fn observe_with(meter: &Meter, recorder: &Recorder, most_folded: &Arc<[AtomicU64]>) {
     let shared = Arc::new(Shared {
         recorder: recorder.clone(),
         current: Mutex::default(),
     });
     for (index, (metric, read)) in OBSERVABLES.iter().enumerate() {
-        let shared = shared.clone();
+        let (shared, most_folded) = (shared.clone(), most_folded.clone());
         let admitted = Mutex::new(Admitted::default());
         let counter = metric.instrument == names::Instrument::Counter;
         let collect = move || {
@@ -220,11 +229,18 @@ pub(crate) fn observe(meter: &Meter, recorder: &Recorder) {
                 // A gauge's places go to those that are alive.
                 *admitted = Admitted::default();
             }
-            let mut folded = Sums::default();
+            let (mut out, mut folded) = (Sums::default(), 0);
             for (labels, n) in sums.0 {
-                folded.add(admitted.admit(labels).0, n);
+                let (labels, is_folded) = admitted.admit(labels);
+                folded += u64::from(is_folded);
+                out.add(labels, n);
             }
-            folded.0
+            let before = most_folded[index].fetch_max(folded, Relaxed);
+            shared
+                .recorder
+                .drops()
+                .label_sets(folded.saturating_sub(before));
+            out.0
         };
         // A panic here would end the SDK's reader thread for good.
         let collect =
