@@ -355,7 +355,12 @@ impl Connection {
             }
             counts.open += 1;
             *t.open(self.host_slot) += 1;
-            self.move_to(&mut self.scope.shard(self.id), to);
+            {
+                let mut shard = self.scope.shard(self.id);
+                self.move_to(&mut shard, to);
+                // While it is locked: a snapshot sees both or neither.
+                self.moment(Moment::State(to));
+            }
             let ends = || {
                 let ends = self.ends.get();
                 (
@@ -389,7 +394,6 @@ impl Connection {
                     },
                 );
             }
-            self.moment(Moment::State(to));
         });
     }
 

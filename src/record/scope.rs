@@ -41,16 +41,13 @@ const DECLARED: u8 = 1;
 const NO_SPANS: u8 = 2;
 const NO_METRICS: u8 = 4;
 
-/// Where a host's counts stand in its scope. The first [`OTHERS`] slots are `_other`, one for each
-/// kind of host, so that what is folded is still of one kind; a listener, which has no hosts, uses
-/// slot 0.
+/// Where a host's counts stand in its scope. Slot 0 is "no host", for a listener; then come the
+/// learned ones, then `_other`.
 pub(crate) type HostSlot = u32;
 
-/// HTTP or not, wire or plaintext.
-pub(crate) const OTHERS: usize = 4;
-
-fn other(http: bool, layer: IoLayer) -> HostSlot {
-    u32::from(http) << 1 | u32::from(layer == IoLayer::Plaintext)
+/// Whether a slot is an `_other`: the sum over hosts beyond the bound.
+pub(crate) const fn is_folded(slot: HostSlot) -> bool {
+    slot as usize > HOSTS_PER_NAME
 }
 
 pub(crate) struct Scope {
@@ -85,12 +82,32 @@ pub(crate) type States = [[u64; 2]; ProtocolVersion::SLOTS];
 struct State {
     sequence: u64,
     counts: Counts,
-    /// Each host with the number of its open connections.
-    hosts: Vec<(Option<Target>, IoLayer, u64)>,
+    hosts: Vec<Host>,
     index: HashMap<(Target, IoLayer), HostSlot>,
-    folded: bool,
+    /// The slots of `_other`: what is HTTP and what isn't, on either layer, is summed apart.
+    others: HashMap<(bool, IoLayer), HostSlot>,
     pending: VecDeque<ConnectionEvent>,
     draining: bool,
+}
+
+/// One host's place in a scope.
+struct Host {
+    target: Option<Target>,
+    layer: IoLayer,
+    http: bool,
+    /// How many of its connections are open.
+    open: u64,
+}
+
+impl Host {
+    const fn new(target: Option<Target>, layer: IoLayer, http: bool) -> Self {
+        Self {
+            target,
+            layer,
+            http,
+            open: 0,
+        }
+    }
 }
 
 /// Two shards never share a cache line, nor the pair that the prefetcher takes.
@@ -159,16 +176,9 @@ impl Scope {
             state: Mutex::new(State {
                 sequence: 0,
                 counts: Counts::default(),
-                hosts: [
-                    IoLayer::Wire,
-                    IoLayer::Plaintext,
-                    IoLayer::Wire,
-                    IoLayer::Plaintext,
-                ]
-                .map(|layer| (None, layer, 0))
-                .into(),
+                hosts: vec![Host::new(None, IoLayer::Wire, false)],
                 index: HashMap::new(),
-                folded: false,
+                others: HashMap::new(),
                 pending: VecDeque::new(),
                 draining: false,
             }),
@@ -270,19 +280,25 @@ impl Scope {
     /// The slot of a host, learned on first sight. Beyond [`HOSTS_PER_NAME`] it is `_other`.
     pub(crate) fn host_slot(&self, target: &Target, layer: IoLayer) -> HostSlot {
         let key = (target.clone(), layer);
+        let http = target.scheme.is_some();
         let mut state = lock(&self.state);
         if let Some(slot) = state.index.get(&key) {
             return *slot;
         }
-        if state.hosts.len() >= HOSTS_PER_NAME + OTHERS {
-            state.folded = true;
-            drop(state);
-            self.drops.label_sets(1);
-            return other(target.scheme.is_some(), layer);
+        let next = state.hosts.len() as HostSlot;
+        if state.index.len() < HOSTS_PER_NAME {
+            state
+                .hosts
+                .push(Host::new(Some(key.0.clone()), layer, http));
+            state.index.insert(key, next);
+            return next;
         }
-        let slot = state.hosts.len() as HostSlot;
-        state.hosts.push((Some(key.0.clone()), layer, 0));
-        state.index.insert(key, slot);
+        let slot = *state.others.entry((http, layer)).or_insert(next);
+        if slot == next {
+            state.hosts.push(Host::new(None, layer, http));
+        }
+        drop(state);
+        self.drops.label_sets(1);
         slot
     }
 
@@ -334,13 +350,16 @@ impl Scope {
             self,
             state.sequence,
             &state.counts,
-            state
-                .hosts
-                .iter()
-                .enumerate()
-                .map(|(slot, (target, layer, open))| {
-                    HostStats::new(target.clone(), *layer, slot, state.folded, *open)
-                }),
+            state.hosts.iter().enumerate().map(|(slot, host)| {
+                let folded = is_folded(slot as HostSlot);
+                HostStats::new(
+                    host.target.clone(),
+                    host.layer,
+                    host.http,
+                    folded,
+                    host.open,
+                )
+            }),
         );
         let mut states = vec![States::default(); state.hosts.len()];
         for shard in &self.shards {
@@ -392,7 +411,7 @@ impl Transition<'_> {
     /// How many connections of this host are open.
     pub(crate) fn open(&mut self, slot: HostSlot) -> &mut u64 {
         // Slots come from `host_slot` of the same scope, and hosts are never removed.
-        &mut self.state.hosts[slot as usize].2
+        &mut self.state.hosts[slot as usize].open
     }
 
     /// Takes the sequence number for what was just counted, and keeps its event if anybody

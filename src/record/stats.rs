@@ -9,7 +9,7 @@ use crate::event::{
     FailureReason, Initiator, IoLayer, ProtocolVersion, RejectReason, Target, TlsFacts, TraceRef,
 };
 use crate::record::Scope;
-use crate::record::scope::{Counts, OTHERS, States};
+use crate::record::scope::{Counts, States};
 use crate::record::timeline::TimelineEntry;
 
 /// What this crate counts of itself: everything bounded that overflowed.
@@ -169,8 +169,8 @@ pub struct ScopeStats {
     pub bytes_read: u64,
     /// Bytes written by all connections so far, likewise.
     pub bytes_written: u64,
-    /// By host, those that were learned. The first four entries hold what has no host (inbound) or
-    /// none of its own: by HTTP or not, wire or plaintext.
+    /// By host: the first entry holds what has no host, then come those that were learned, then the
+    /// sums over the rest.
     pub hosts: Vec<HostStats>,
     #[cfg_attr(feature = "serde", serde(skip))]
     pub(crate) metrics: bool,
@@ -187,7 +187,8 @@ pub struct HostStats {
     pub layer: IoLayer,
     /// It is reached by HTTP: an HTTP connector asked for it.
     pub http: bool,
-    /// This is `_other`, the sum over hosts beyond the bound.
+    /// This is `_other`, the sum over hosts beyond the bound: one for each layer, and one for HTTP
+    /// apart from the rest.
     pub folded: bool,
     /// Connections open.
     pub open: u64,
@@ -289,22 +290,18 @@ impl ScopeStats {
 }
 
 impl HostStats {
-    pub(crate) fn new(
+    pub(crate) const fn new(
         target: Option<Target>,
         layer: IoLayer,
-        slot: usize,
+        http: bool,
         folded: bool,
         open: u64,
     ) -> Self {
-        let http = match &target {
-            Some(target) => target.scheme.is_some(),
-            None => slot >= OTHERS / 2,
-        };
         Self {
-            http,
-            folded: folded && target.is_none(),
             target,
             layer,
+            http,
+            folded,
             open,
             by_version: Vec::new(),
             bytes_read: 0,

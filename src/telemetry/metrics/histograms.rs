@@ -11,7 +11,7 @@ use super::labels::{Admitted, Host, Labels};
 use crate::event::{Direction, FailureReason, ProtocolVersion};
 use crate::record::connection::{Connection, Phase, PhaseKind};
 use crate::record::recorder::{OTHER, Sink};
-use crate::record::scope::OTHERS;
+use crate::record::scope::is_folded;
 use crate::record::stats::Drops;
 use crate::record::{Recorder, lock};
 use crate::telemetry::names::{self, Metric};
@@ -146,15 +146,10 @@ impl Histograms {
     }
 }
 
-/// Whether the connection's host has no place of its own.
-fn folded(connection: &Connection) -> bool {
-    (connection.host_slot as usize) < OTHERS
-}
-
 /// The host of a connection, `_other` if it has no slot of its own.
 fn host(connection: &Connection, scheme: bool) -> Option<Host> {
     let target = connection.target.as_ref()?;
-    Some(match (folded(connection), scheme) {
+    Some(match (is_folded(connection.host_slot), scheme) {
         (true, _) => Host::other(),
         (false, true) => Host::with_scheme(target),
         (false, false) => Host::of(target),
@@ -214,7 +209,7 @@ impl Sink for Histograms {
             match &phase.kind {
                 PhaseKind::Dns { host, .. } => {
                     let question = || {
-                        let other = folded(connection);
+                        let other = is_folded(connection.host_slot);
                         let question = if other { OTHER.into() } else { host.clone() };
                         let labels = Labels {
                             question: Some(question),

@@ -9,7 +9,6 @@ use opentelemetry::metrics::Meter;
 
 use super::labels::{Admitted, Host, Labels, Sums};
 use crate::event::{Direction, IoLayer, ProtocolVersion};
-use crate::record::scope::OTHERS;
 use crate::record::stats::{ScopeStats, Stats};
 use crate::record::{Recorder, lock};
 use crate::telemetry::names::{self, Metric};
@@ -134,16 +133,13 @@ fn closed(stats: &Stats, direction: Direction, sums: &mut Sums) {
 
 fn io(stats: &Stats, sums: &mut Sums) {
     for scope in scopes(stats) {
-        for (slot, host) in scope.hosts.iter().enumerate() {
-            let outbound = scope.direction == Direction::Outbound;
-            let nothing = host.bytes_read == 0 && host.bytes_written == 0;
-            if slot < OTHERS && nothing && (outbound || slot > 0) {
-                // Nobody is in this `_other`.
-                continue;
-            }
+        for host in &scope.hosts {
             let server = match &host.target {
                 Some(target) => Some(Host::of(target)),
-                None => outbound.then(Host::other),
+                None if host.folded => Some(Host::other()),
+                None if scope.direction == Direction::Inbound => None,
+                // Every outbound connection has a host.
+                None => continue,
             };
             let labels = Labels {
                 direction: Some(scope.direction),
