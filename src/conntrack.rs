@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::builder::Builder;
 use crate::config::{ConfigError, valid_name};
-use crate::event::{Direction, Endpoint, Target};
+use crate::event::{ConnectionState, Direction, Endpoint, Target};
 use crate::io::{Endpoints, TrackedIo};
 use crate::outbound::{scope_of_exporter, track};
 use crate::record::Recorder;
@@ -153,8 +153,13 @@ impl Conntrack {
             .live()
             .iter()
             .map(|connection| connection.snapshot())
-            // One that was closed since the list was made is in the history.
-            .filter(|connection| connection.state != crate::ConnectionState::Closed)
+            // One that was closed since the list was made is in the history, and one that is being
+            // accepted in this moment is not counted yet.
+            .filter(|connection| match connection.state {
+                ConnectionState::Closed => false,
+                ConnectionState::Connecting => connection.direction == Direction::Outbound,
+                _ => true,
+            })
             .collect()
     }
 

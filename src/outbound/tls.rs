@@ -91,12 +91,14 @@ pub(crate) async fn handshake(
             io::Error::new(io::ErrorKind::InvalidInput, error),
         )
     })?;
+    // An address is checked against the certificate, but not sent (RFC 6066, section 3).
+    let sni = matches!(name, ServerName::DnsName(_)).then(|| target.host.clone());
     let phase = attempt.phase(PhaseKind::Tls {
         server_name: target.host.clone(),
     });
     match TlsConnector::from(config).connect(name, tcp).await {
         Ok(stream) => {
-            let _ = attempt.connection().tls.set(facts(&stream, &target.host));
+            let _ = attempt.connection().tls.set(facts(&stream, sni));
             phase.done();
             Ok(stream)
         }
@@ -111,7 +113,7 @@ pub(crate) async fn handshake(
     }
 }
 
-fn facts(stream: &TlsStream<TcpStream>, server_name: &Arc<str>) -> TlsFacts {
+fn facts(stream: &TlsStream<TcpStream>, server_name: Option<Arc<str>>) -> TlsFacts {
     let (_, session) = stream.get_ref();
     TlsFacts {
         version: session.protocol_version().and_then(version),
@@ -122,7 +124,7 @@ fn facts(stream: &TlsStream<TcpStream>, server_name: &Arc<str>) -> TlsFacts {
         alpn: session
             .alpn_protocol()
             .map(|alpn| String::from_utf8_lossy(alpn).into()),
-        server_name: Some(server_name.clone()),
+        server_name,
         resumed: session
             .handshake_kind()
             .map(|kind| kind == rustls::HandshakeKind::Resumed),

@@ -345,7 +345,11 @@ impl Attempt {
                     },
                 });
             }
-            Some(self.connection.phase_start(kind))
+            let started = self.connection.phase_start(kind);
+            if started.is_err() {
+                self.recorder.0.drops.phases(1);
+            }
+            Some(started)
         } else {
             None
         };

@@ -39,6 +39,9 @@ pub struct Dropped {
     pub sink_panics: u64,
     /// Names that were too many and are counted under `_other`.
     pub names: u64,
+    /// Steps of one set-up beyond 32 (a host with many addresses that all fail). They are told to
+    /// observers, and missing in spans and histograms.
+    pub phases: u64,
 }
 
 /// The atomics behind [`Dropped`]. Relaxed: plain counters that guard nothing.
@@ -50,6 +53,7 @@ pub(crate) struct Drops {
     label_sets: AtomicU64,
     sink_panics: AtomicU64,
     names: AtomicU64,
+    phases: AtomicU64,
 }
 
 impl Drops {
@@ -69,6 +73,10 @@ impl Drops {
         self.names.fetch_add(n, Ordering::Relaxed);
     }
 
+    pub(crate) fn phases(&self, n: u64) {
+        self.phases.fetch_add(n, Ordering::Relaxed);
+    }
+
     pub(crate) fn snapshot(&self, channel_items: u64, observer_panics: u64) -> Dropped {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Dropped {
@@ -80,6 +88,7 @@ impl Drops {
             observer_panics,
             sink_panics: load(&self.sink_panics),
             names: load(&self.names),
+            phases: load(&self.phases),
         }
     }
 }

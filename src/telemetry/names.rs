@@ -35,7 +35,7 @@ attributes! {
     DIRECTION = "conntrack.direction": "`inbound` (accepted) or `outbound` (opened)";
     NAME = "conntrack.name": "the name of the listener, dialer or connector";
     INSTANCE = "conntrack.instance": "which `Conntrack` of the process, from 0; on the instrumentation scope";
-    DROPPED_ITEM = "conntrack.dropped.item": "what was dropped: `span`, `metric_export`, `event`, `channel`, `label_set`, `name`, `observer_panic`, `sink_panic`";
+    DROPPED_ITEM = "conntrack.dropped.item": "what was dropped: `span`, `metric_export`, `event`, `channel`, `label_set`, `name`, `phase`, `observer_panic`, `sink_panic`";
     REASON = "conntrack.reason": "why: a close, accept or reject reason";
     IO_LAYER = "conntrack.io.layer": "`wire` (ciphertext if TLS runs above) or `plaintext`";
     IO_DIRECTION = "conntrack.io.direction": "`read` or `written`, as seen from this process";

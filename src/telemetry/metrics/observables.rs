@@ -163,6 +163,7 @@ fn dropped(stats: &Stats, sums: &mut Sums) {
         ("channel", dropped.channel_items),
         ("label_set", dropped.label_sets),
         ("name", dropped.names),
+        ("phase", dropped.phases),
         ("observer_panic", dropped.observer_panics),
         ("sink_panic", dropped.sink_panics),
     ] {
