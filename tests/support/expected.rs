@@ -93,6 +93,7 @@ pub fn observables(stats: &Stats, off: &[&str]) -> Points {
         ("channel", dropped.channel_items),
         ("label_set", dropped.label_sets),
         ("name", dropped.names),
+        ("phase", dropped.phases),
         ("observer_panic", dropped.observer_panics),
         ("sink_panic", dropped.sink_panics),
     ] {
