@@ -16,13 +16,14 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tower_service::Service;
 
-use crate::event::IoLayer;
 #[cfg(feature = "tls")]
 use crate::event::ProtocolVersion;
+use crate::event::{IoLayer, Target};
 use crate::io::{Endpoints, TrackedIo};
 use crate::outbound::client::RequestLayer;
 use crate::outbound::connector::target_of;
 use crate::outbound::dialer::{DialError, Dialer, settle};
+use crate::record::recorder::Attempt;
 
 impl Dialer {
     /// A layer for the client that uses this dialer as its connector: it sees the requests, so that
@@ -31,9 +32,12 @@ impl Dialer {
         RequestLayer::new(self.requests_seen.clone())
     }
 
-    async fn connect_http(&self, uri: Uri) -> Result<TokioIo<TrackedIo<HttpIo>>, DialError> {
-        let (target, layer) = target_of(&uri, false);
-        let attempt = self.attempt(&target, layer);
+    async fn connect_http(
+        &self,
+        attempt: Attempt,
+        target: Target,
+        layer: IoLayer,
+    ) -> Result<TokioIo<TrackedIo<HttpIo>>, DialError> {
         let steps = async {
             let tcp = self.dial(&attempt, &target).await?;
             match layer {
@@ -97,7 +101,10 @@ impl Service<Uri> for Dialer {
 
     fn call(&mut self, uri: Uri) -> Self::Future {
         let dialer = self.clone();
-        Box::pin(async move { dialer.connect_http(uri).await })
+        let (target, layer) = target_of(&uri, false);
+        // The attempt begins here, not at the first poll: this is when it was asked for.
+        let attempt = dialer.attempt(&target, layer);
+        Box::pin(async move { dialer.connect_http(attempt, target, layer).await })
     }
 }
 
