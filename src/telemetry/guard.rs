@@ -22,10 +22,10 @@ use crate::builder::{Builder, Built};
 use crate::config::ConfigError;
 use crate::conntrack::Conntrack;
 use crate::telemetry::env::Propagators;
+use crate::telemetry::otlp;
 use crate::telemetry::runtime::TelemetryRuntime;
 use crate::telemetry::span_processor::Flusher;
 use crate::telemetry::spans::SpanWriter;
-use crate::telemetry::{names, otlp};
 
 /// Set while an `init()` is in force: what it sets up is global.
 static IN_FORCE: AtomicBool = AtomicBool::new(false);
@@ -262,7 +262,7 @@ impl ConntrackGuard {
     {
         let provider = self.tracer_provider.as_ref()?;
         let layer: OpenTelemetryLayer<S, SdkTracer> =
-            tracing_opentelemetry::layer().with_tracer(provider.tracer(names::SCOPE));
+            tracing_opentelemetry::layer().with_tracer(provider.tracer("tracing-opentelemetry"));
         let own = tracing_subscriber::filter::filter_fn(|metadata| {
             *metadata.level() <= tracing::Level::INFO
                 && !metadata.target().starts_with("opentelemetry")
