@@ -37,7 +37,7 @@ pub struct Dropped {
     /// Panics of a telemetry provider that were caught; each cost the spans or points of one
     /// connection.
     pub sink_panics: u64,
-    /// Names that were too many and are counted under `_other`.
+    /// Calls under a learned name that was one too many; they are counted under `_other`.
     pub names: u64,
     /// Steps of one set-up beyond 32 (a host with many addresses that all fail). They are told to
     /// observers, and missing in spans and histograms.

@@ -41,7 +41,8 @@ impl Caller {
             ));
         }
         span.add_event(names::ACQUIRED, attributes);
-        if let Some(trace) = connection.trace.get() {
+        // A link to a span that nobody has would lead nowhere.
+        if let Some(trace) = connection.trace.get().filter(|trace| trace.sampled) {
             span.add_link(span_context(trace), Vec::new());
         }
         span.set_attribute(KeyValue::new(names::CONNECTION_ID, id));

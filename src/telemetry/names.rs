@@ -197,7 +197,7 @@ pub const ACQUIRED: &str = "connection.acquired";
 pub const EVENTS: &[SpanName] = &[
     SpanName {
         name: ACQUIRED,
-        meaning: "on the *caller's* span, when the request has its connection, with a link to the connection's set-up",
+        meaning: "on the *caller's* span, when the request has its connection, with a link to the connection's set-up if that is sampled",
         attributes: &[CONNECTION_ID, CONNECTION_REUSED, CONNECTION_IDLE_TIME],
     },
     SpanName {

@@ -181,18 +181,16 @@ struct Shared {
 impl Shared {
     fn snapshot(&self, observable: usize) -> Arc<Stats> {
         let bit = 1 << observable;
-        let mut current = lock(&self.current);
-        match &mut *current {
-            Some((stats, answered)) if *answered & bit == 0 => {
-                *answered |= bit;
-                stats.clone()
-            }
-            _ => {
-                let stats = Arc::new(self.recorder.stats());
-                *current = Some((stats.clone(), bit));
-                stats
-            }
+        if let Some((stats, answered)) = &mut *lock(&self.current)
+            && *answered & bit == 0
+        {
+            *answered |= bit;
+            return stats.clone();
         }
+        // Without the lock: the record asks observers what they lost, and they are foreign.
+        let stats = Arc::new(self.recorder.stats());
+        *lock(&self.current) = Some((stats.clone(), bit));
+        stats
     }
 }
 
