@@ -412,3 +412,24 @@ async fn metrics_come_by_themselves_at_their_interval() {
         guard.shutdown().await.unwrap();
     }
 }
+
+#[tokio::test]
+async fn the_longest_times_there_are_do_no_harm() {
+    let _turn = turn().await;
+    for protocol in [Protocol::Grpc, Protocol::HttpProtobuf] {
+        let receiver = Receiver::start().await;
+        let endpoint = match protocol {
+            Protocol::HttpProtobuf => receiver.http_endpoint(),
+            _ => receiver.grpc_endpoint(),
+        };
+        let builder = builder()
+            .otlp_protocol(protocol)
+            .otlp_endpoint(endpoint)
+            .otlp_timeout(Duration::MAX)
+            .metric_interval(Duration::MAX)
+            .checkpoint_interval(Duration::MAX);
+        let store = after_one_connection(builder, &receiver).await;
+        assert_spans(&store);
+        assert_metrics(&store);
+    }
+}

@@ -21,6 +21,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::error::Error;
 use std::net::TcpListener;
+use std::sync::Barrier;
 use std::thread;
 
 use bytes::Bytes;
@@ -80,6 +81,24 @@ async fn a_second_init_is_an_error_and_the_first_goes_on() {
     drop(open(&first, 1));
     first.shutdown().await.unwrap();
     assert_eq!(receiver.spans().len(), 2);
+}
+
+#[test]
+fn of_many_inits_at_once_one_succeeds() {
+    let _turn = turn_blocking();
+    for _ in 0..20 {
+        let start = Barrier::new(4);
+        let outcomes = thread::scope(|scope| {
+            let init = || {
+                start.wait();
+                builder().otlp(false).init()
+            };
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(init)).collect();
+            let ended = threads.into_iter().map(|thread| thread.join().unwrap());
+            ended.collect::<Vec<_>>()
+        });
+        assert_eq!(outcomes.iter().filter(|outcome| outcome.is_ok()).count(), 1);
+    }
 }
 
 #[tokio::test]

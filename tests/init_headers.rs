@@ -180,9 +180,13 @@ fn without_a_given_environment_the_processs_own_is_read() {
             ("OTEL_BSP_MAX_QUEUE_SIZE", "4"),
             ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1"),
         ];
-        child::run(test, "child", &variables, SOON).well();
+        let ended = child::run(test, "child", &variables, SOON).well();
+        // The subscriber writes lines to stderr, and spans to the collector.
+        assert!(ended.stderr.contains("a line of the service"), "{ended:?}");
+        assert!(!ended.stderr.contains("too fine"), "{ended:?}");
         let store = receiver.store();
-        assert!(!store.spans.is_empty());
+        let by_tracing = store.spans.iter().find(|span| span.name == "by tracing");
+        assert_eq!(by_tracing.unwrap().attributes["orders"], 3);
         for span in &store.spans {
             assert_eq!(span.resource["service.name"], "shop");
             assert_eq!(span.resource["tier"], "1");
@@ -192,8 +196,12 @@ fn without_a_given_environment_the_processs_own_is_read() {
         assert!(store.metric_names().contains("conntrack.connections"));
         return;
     }
-    // The subscriber too: this process has none.
+    // With a subscriber: this process has none yet.
     let guard = Conntrack::builder().init().unwrap();
+    tracing::info_span!("by tracing", orders = 3).in_scope(|| {
+        tracing::info!("a line of the service");
+        tracing::debug!("too fine");
+    });
     drop(open(&guard, 1));
     guard.shutdown_blocking().unwrap();
 }

@@ -65,6 +65,7 @@ pub fn run<V: AsRef<OsStr> + Copy>(
     for name in inherited.filter(|name| name.to_string_lossy().starts_with("OTEL_")) {
         command.env_remove(name);
     }
+    command.env_remove("RUST_LOG");
     command
         .args([test, "--exact", "--nocapture", "--test-threads=1"])
         .env(ROLE, role)
