@@ -230,6 +230,11 @@ impl Scope {
         !self.observers.is_empty()
     }
 
+    /// A span of foreign make panicked; it was caught.
+    pub(crate) fn sink_panicked(&self) {
+        self.drops.sink_panics(1);
+    }
+
     /// Runs `change` under the lock, then tells the observers what it emitted.
     pub(crate) fn transition<R>(&self, change: impl FnOnce(&mut Transition<'_>) -> R) -> R {
         let (result, pending) = {

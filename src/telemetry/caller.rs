@@ -8,6 +8,7 @@ use opentelemetry::trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, Tra
 use opentelemetry::{Context, KeyValue, StringValue};
 
 use crate::event::TraceRef;
+use crate::observer::shielded;
 use crate::record::Connection;
 use crate::record::connection::Acquired;
 use crate::telemetry::names;
@@ -28,6 +29,13 @@ impl Caller {
     /// Its request has a connection.
     pub(crate) fn acquired(&self, connection: &Connection, found: Acquired) {
         let Some(context) = &self.0 else { return };
+        // The span may be of foreign make, and a panic in it is not the request's.
+        if shielded(|| Self::tell(context, connection, found)).is_none() {
+            connection.scope.sink_panicked();
+        }
+    }
+
+    fn tell(context: &Context, connection: &Connection, found: Acquired) {
         let span = context.span();
         // One allocation for the text, shared by both attributes.
         let id = StringValue::from(Arc::<str>::from(connection.id.text()));

@@ -312,8 +312,9 @@ impl ConntrackGuard {
     ///
     /// # Errors
     ///
-    /// When it took longer than [`shutdown_timeout`](Builder::shutdown_timeout), or an exporter said
-    /// no. The telemetry is over then too.
+    /// When it took longer than [`shutdown_timeout`](Builder::shutdown_timeout), or a provider said
+    /// no. The telemetry is over then too. A collector that refused what it was sent is no error
+    /// here: [`Dropped`](crate::Dropped) has the count.
     pub async fn shutdown(mut self) -> Result<(), ShutdownError> {
         self.end().wait().await
     }

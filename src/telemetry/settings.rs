@@ -367,6 +367,7 @@ impl InitSettings {
         const SERVICE_NAME: &str = "service.name";
         let mut attributes = env.resource_attributes()?;
         if let Some(name) = env.service_name()? {
+            crate::config::valid_name("OTEL_SERVICE_NAME", &name)?;
             attributes.push((SERVICE_NAME.to_owned(), name));
         }
         for (key, value) in &self.attributes {
