@@ -24,13 +24,9 @@ pub struct ConfigError {
 impl ConfigError {
     pub(crate) fn new(setting: &str, value: &str, help: &str) -> Self {
         // A value may come from anywhere; its beginning is enough to know it by.
-        let mut value: String = value.chars().take(200).collect();
-        if value.len() < 200 {
-            value.shrink_to_fit();
-        }
         Self {
             setting: setting.to_owned(),
-            value,
+            value: value.chars().take(200).collect(),
             help: help.to_owned(),
             source: None,
         }

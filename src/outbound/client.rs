@@ -104,7 +104,7 @@ pin_project! {
     pub struct ResponseFuture<F> {
         #[pin]
         inner: F,
-        // Taken once the connection is known.
+        // None once it told of a connection that is not ours.
         capture: Option<CaptureConnection>,
         caller: Caller,
         name: Option<DialName>,

@@ -143,7 +143,6 @@ thread_local! {
 /// connection to a request. To see which one cost 1 300 instructions per request by the official
 /// way (`get_extras`, which builds a map of clones); to watch the clone costs a look at a
 /// thread-local. Whoever gets `None` asks the official way, so nothing depends on this.
-#[cfg_attr(not(feature = "hyper"), allow(dead_code))]
 pub(crate) fn watch_clones<R>(run: impl FnOnce() -> R) -> (R, Option<Arc<Connection>>) {
     /// Puts back what was there, on a panic too.
     struct Restore(Option<Clones>);

@@ -8,15 +8,15 @@
 //!
 //! - **One truth.** A count changes only in a *transition*: under the scope's lock, together with
 //!   the sequence number and the event that tells of it. [`Stats`](crate::Stats) are those counts.
-//!   Byte counts are outside this law: they are relaxed atomics.
+//!   What requests do to a connection is kept under its shard's lock; while somebody observes, it is
+//!   a transition too. Byte counts are outside this law: they are relaxed atomics.
 //! - **What opens closes once.** Attempts and connections are RAII handles; their end is taken once
 //!   and the first reason wins.
 //! - **No foreign code under a lock.** Events go into the scope's buffer; one drainer at a time
 //!   hands them to the observers after unlock, in order. Sinks are called with no lock held.
 //!
-//! Lock order: a scope's state and a scope's registry shard are never held together, and no lock
-//! is held while another scope's is taken. A connection's own small locks (timeline, phases) are
-//! innermost and never held across a call.
+//! Lock order: a scope's state, then one of its shards, then a connection's own small locks
+//! (timeline, phases), which are innermost. No lock is held while another scope's is taken.
 
 // Sources and sinks are features; without some of them, parts of the record have no caller.
 #![cfg_attr(
