@@ -19,6 +19,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::event::Endpoint;
 use crate::record::handle::{ConnectionGuard, ConnectionRecord};
+use crate::record::socket_slot::SocketGuard;
 
 pin_project! {
     /// A tracked stream. It reads and writes like the stream inside.
@@ -43,7 +44,9 @@ pin_project! {
     /// # }
     /// ```
     pub struct TrackedIo<T> {
-        // Field order matters: the socket is closed first, then the close is recorded.
+        // Field order matters: the record forgets the socket, then the socket is closed, then the
+        // close is recorded.
+        socket: SocketGuard,
         #[pin]
         io: T,
         guard: ConnectionGuard,
@@ -55,10 +58,22 @@ pin_project! {
 impl<T> TrackedIo<T> {
     pub(crate) const fn new(io: T, guard: ConnectionGuard) -> Self {
         Self {
+            socket: SocketGuard::NONE,
             io,
             guard,
             permit: None,
         }
+    }
+
+    /// The stream has this socket at its bottom; the record may ask it from now on.
+    #[cfg_attr(not(unix), allow(unused_variables, unused_mut))]
+    pub(crate) fn over<S: Endpoints>(mut self, bottom: impl FnOnce(&T) -> &S) -> Self {
+        #[cfg(unix)]
+        if let Some(socket) = bottom(&self.io).socket() {
+            use std::os::fd::AsRawFd;
+            self.socket = SocketGuard::new(self.guard.connection(), socket.as_raw_fd());
+        }
+        self
     }
 
     #[cfg(feature = "net")]
@@ -78,13 +93,20 @@ impl<T> TrackedIo<T> {
     }
 
     /// The stream inside. What is read or written on it directly is not counted.
-    pub const fn get_mut(&mut self) -> &mut T {
+    ///
+    /// Another stream may be put in its place; [`ConnectionRecord::tcp_info`] then answers none.
+    pub fn get_mut(&mut self) -> &mut T {
+        // It may be swapped for another, which must not answer for this connection.
+        self.socket.check_from_now_on();
         &mut self.io
     }
 
     /// Changes the stream inside, as for a TLS handshake over it; the tracking goes on.
     pub fn map<U>(self, wrap: impl FnOnce(T) -> U) -> TrackedIo<U> {
+        // It may be dropped or swapped, as above.
+        self.socket.check_from_now_on();
         TrackedIo {
+            socket: self.socket,
             io: wrap(self.io),
             guard: self.guard,
             permit: self.permit,
@@ -314,6 +336,15 @@ pub trait Endpoints {
     fn peer_endpoint(&self) -> Option<Endpoint> {
         None
     }
+
+    /// Its TCP socket, for [`ConnectionRecord::tcp_info`]. Default: none, so it answers none.
+    ///
+    /// It must be the stream's until that is dropped: a stream that can change its socket while it
+    /// is only read and written says none.
+    #[cfg(unix)]
+    fn socket(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        None
+    }
 }
 
 impl Endpoints for tokio::io::DuplexStream {}
@@ -326,6 +357,11 @@ impl<T: Endpoints> Endpoints for TrackedIo<T> {
     fn peer_endpoint(&self) -> Option<Endpoint> {
         self.io.peer_endpoint()
     }
+
+    #[cfg(unix)]
+    fn socket(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        self.io.socket()
+    }
 }
 
 #[cfg(feature = "net")]
@@ -336,6 +372,11 @@ impl Endpoints for tokio::net::TcpStream {
 
     fn peer_endpoint(&self) -> Option<Endpoint> {
         self.peer_addr().ok().map(Endpoint::Ip)
+    }
+
+    #[cfg(unix)]
+    fn socket(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        Some(std::os::fd::AsFd::as_fd(self))
     }
 }
 

@@ -48,6 +48,8 @@
 //!   [`Conntrack::track_accepted`].
 //! - **Your own eyes?** [`Observer`], [`Hooks`] and [`channel`] get every event;
 //!   [`Conntrack::stats`] and [`Conntrack::connections`] say what is, at once and consistently.
+//! - **What does the kernel say?** [`ConnectionRecord::tcp_info`]: round-trip time, retransmits and
+//!   the TCP state, also of a socket that hyper's pool holds (Linux).
 //!
 //! # How it is built
 //!
@@ -122,6 +124,7 @@ pub use outbound::name::DialName;
 pub use outbound::resolve::{Resolve, Resolving, SystemResolver};
 pub use record::handle::{ConnectionRecord, RequestGuard};
 pub use record::stats::{ConnectionSnapshot, Dropped, HostStats, ScopeStats, Stats};
+pub use record::tcp_info::{TcpInfo, TcpState};
 pub use record::timeline::{Moment, TimelineEntry};
 #[cfg(feature = "net")]
 pub use socket::Keepalive;

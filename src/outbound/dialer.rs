@@ -255,10 +255,8 @@ impl Dialer {
             .await;
         let (attempt, stream) = settle(attempt, dialled)?;
         let (local, peer) = (stream.local_endpoint(), stream.peer_endpoint());
-        Ok(TrackedIo::new(
-            stream,
-            attempt.established(local, peer, false),
-        ))
+        let guard = attempt.established(local, peer, false);
+        Ok(TrackedIo::new(stream, guard).over(|tcp| tcp))
     }
 
     /// Connects to a Unix socket.

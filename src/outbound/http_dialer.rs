@@ -71,7 +71,7 @@ impl Dialer {
         if io.negotiated_h2() {
             guard.connection().set_protocol(ProtocolVersion::Http2);
         }
-        Ok(TokioIo::new(TrackedIo::new(io, guard)))
+        Ok(TokioIo::new(TrackedIo::new(io, guard).over(HttpIo::tcp)))
     }
 }
 

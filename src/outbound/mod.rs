@@ -50,10 +50,8 @@ where
     match dial.await {
         Ok(stream) => {
             let (local, peer) = (stream.local_endpoint(), stream.peer_endpoint());
-            Ok(TrackedIo::new(
-                stream,
-                attempt.established(local, peer, false),
-            ))
+            let guard = attempt.established(local, peer, false);
+            Ok(TrackedIo::new(stream, guard).over(|stream| stream))
         }
         Err(error) => {
             attempt.failed(classify(&error));

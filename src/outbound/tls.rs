@@ -49,10 +49,8 @@ impl Dialer {
         let (attempt, stream) = settle(attempt, dialled)?;
         let (tcp, _) = stream.get_ref();
         let (local, peer) = (tcp.local_endpoint(), tcp.peer_endpoint());
-        Ok(TrackedIo::new(
-            stream,
-            attempt.established(local, peer, false),
-        ))
+        let guard = attempt.established(local, peer, false);
+        Ok(TrackedIo::new(stream, guard).over(|tls| tls.get_ref().0))
     }
 }
 

@@ -16,7 +16,9 @@ use crate::event::{
     Initiator, ProtocolVersion, Target, TlsFacts, TraceRef,
 };
 use crate::record::scope::{HostSlot, Shard};
+use crate::record::socket_slot::SocketSlot;
 use crate::record::stats::ConnectionSnapshot;
+use crate::record::tcp_info::TcpInfo;
 use crate::record::timeline::{Moment, Timeline};
 use crate::record::{Scope, lock};
 
@@ -38,6 +40,7 @@ pub(crate) struct Connection {
     pub(crate) closed: OnceLock<Close>,
     /// The set-up span, written before anybody can use the connection.
     pub(crate) trace: OnceLock<TraceRef>,
+    pub(crate) socket: SocketSlot,
     phases: Mutex<Vec<Phase>>,
     timeline: Mutex<Timeline>,
     keeps_timeline: AtomicBool,
@@ -118,6 +121,7 @@ impl Connection {
             failed: OnceLock::new(),
             closed: OnceLock::new(),
             trace: OnceLock::new(),
+            socket: SocketSlot::default(),
             phases: Mutex::default(),
             timeline: Mutex::default(),
             keeps_timeline: AtomicBool::new(false),
@@ -199,6 +203,11 @@ impl Connection {
             0 => None,
             nanos => Some(now.saturating_sub(Duration::from_nanos(nanos - 1))),
         }
+    }
+
+    /// What the kernel says now; none without a TCP socket that is open and ours to ask.
+    pub(crate) fn tcp_info(&self) -> Option<TcpInfo> {
+        self.socket.tcp_info()
     }
 
     pub(crate) fn snapshot(&self) -> ConnectionSnapshot {

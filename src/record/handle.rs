@@ -16,6 +16,7 @@ use crate::event::{
 use crate::record::Connection;
 use crate::record::recorder::Recorder;
 use crate::record::stats::ConnectionSnapshot;
+use crate::record::tcp_info::TcpInfo;
 use crate::record::timeline::Moment;
 
 /// The open connection, held by whoever holds the socket. Dropped after it.
@@ -211,6 +212,40 @@ impl ConnectionRecord {
     /// Everything about it at this moment, consistent in itself.
     pub fn snapshot(&self) -> ConnectionSnapshot {
         self.0.snapshot()
+    }
+
+    /// What the kernel knows about the connection at this moment: its TCP state, round-trip time,
+    /// retransmits and more. One system call, that may wait for the socket's owner as long as one
+    /// write takes. (After [`TrackedIo::get_mut`](crate::TrackedIo::get_mut) or
+    /// [`map`](crate::TrackedIo::map) it takes two, so that no other socket can answer.)
+    ///
+    /// None once it is closed, for what is not TCP, for streams of foreign make (see
+    /// [`Endpoints::socket`](crate::Endpoints::socket)), without the feature `net`, and on systems
+    /// other than Linux.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let conntrack = otel_conntrack::Conntrack::builder().build()?;
+    /// # let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    /// # let address = listener.local_addr()?;
+    /// use otel_conntrack::TcpState;
+    ///
+    /// let dialer = conntrack.dialer("redis").build()?;
+    /// let stream = dialer.connect(address).await?;
+    /// let record = stream.record();
+    /// if let Some(tcp) = record.tcp_info() {
+    ///     assert_eq!(tcp.state, TcpState::Established);
+    ///     println!("round trip {:?}, {} segments sent again", tcp.rtt, tcp.retransmits);
+    /// }
+    ///
+    /// drop(stream);
+    /// assert_eq!(record.tcp_info(), None);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn tcp_info(&self) -> Option<TcpInfo> {
+        self.0.tcp_info()
     }
 
     /// Says that a request runs on the connection until the guard is dropped.

@@ -16,11 +16,19 @@
 //!   hands them to the observers after unlock, in order. Sinks are called with no lock held.
 //!
 //! Lock order: a scope's state, then one of its shards, then a connection's own small locks
-//! (timeline, phases), which are innermost. No lock is held while another scope's is taken.
+//! (timeline, phases, socket), which are innermost: no thread holds two of them. No lock is held
+//! while another scope's is taken. The socket's is held over a system call, the others over none.
 
-// Sources and sinks are features; without some of them, parts of the record have no caller.
+// Sources and sinks are features, sockets are asked on Unix only; without some of them, parts of the
+// record have no caller.
 #![cfg_attr(
-    not(all(feature = "net", feature = "hyper", feature = "tls", feature = "otlp")),
+    not(all(
+        unix,
+        feature = "net",
+        feature = "hyper",
+        feature = "tls",
+        feature = "otlp"
+    )),
     allow(dead_code)
 )]
 
@@ -28,7 +36,9 @@ pub(crate) mod connection;
 pub(crate) mod handle;
 pub(crate) mod recorder;
 pub(crate) mod scope;
+pub(crate) mod socket_slot;
 pub(crate) mod stats;
+pub(crate) mod tcp_info;
 pub(crate) mod timeline;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -1,0 +1,83 @@
+//! The way from a record to its socket, which belongs to somebody else: hyper's task, say.
+//!
+//! The record knows only the descriptor's number, and numbers are used again. Two things see to it
+//! that no other socket ever answers for this connection:
+//!
+//! - **The slot is emptied before the descriptor is closed.** [`SocketGuard`] stands before the
+//!   stream in `TrackedIo`, so it is dropped first; and who asks holds the slot's lock while asking.
+//!   So as long as the stream is in our hands, nobody asks a descriptor that is closed.
+//! - **A stream that was in other hands is checked.** `TrackedIo::get_mut` and `map` let their
+//!   caller swap the stream, or drop it, and the slot can't know. So they first note the socket's
+//!   cookie, which no other socket has, and from then on an answer counts only if the cookie is
+//!   the same *after* it: a socket that is closed never gets its descriptor back, so it had it when
+//!   it answered. (Only such a stream can have a foreign descriptor asked; that changes nothing
+//!   there.) On a kernel without cookies the slot is emptied instead.
+//!
+//! The descriptor is never duplicated: a duplicate would keep the connection open.
+
+use std::num::NonZeroU64;
+use std::sync::{Arc, Mutex};
+
+use crate::record::tcp_info::{self, RawFd, TcpInfo};
+use crate::record::{Connection, lock};
+
+/// A connection's socket, while it is open and ours to ask. Empty for what is not TCP.
+#[derive(Default)]
+pub(crate) struct SocketSlot(Mutex<Option<Socket>>);
+
+struct Socket {
+    fd: RawFd,
+    /// Noted before the stream was in other hands for the first time.
+    cookie: Option<NonZeroU64>,
+}
+
+impl SocketSlot {
+    /// One system call under the lock, two for a stream that was in other hands.
+    pub(crate) fn tcp_info(&self) -> Option<TcpInfo> {
+        let slot = lock(&self.0);
+        let socket = slot.as_ref()?;
+        let info = tcp_info::read(socket.fd)?;
+        let same = socket.cookie.is_none() || socket.cookie == tcp_info::cookie(socket.fd);
+        same.then_some(info)
+    }
+
+    fn check_from_now_on(&self) {
+        let mut slot = lock(&self.0);
+        if let Some(socket) = &mut *slot
+            && socket.cookie.is_none()
+        {
+            socket.cookie = tcp_info::cookie(socket.fd);
+            if socket.cookie.is_none() {
+                *slot = None;
+            }
+        }
+    }
+}
+
+/// Fills a connection's slot; its drop empties it. Must be dropped before the socket is closed.
+pub(crate) struct SocketGuard(Option<Arc<Connection>>);
+
+impl SocketGuard {
+    /// For a stream without a socket to ask.
+    pub(crate) const NONE: Self = Self(None);
+
+    pub(crate) fn new(connection: &Arc<Connection>, fd: RawFd) -> Self {
+        *lock(&connection.socket.0) = Some(Socket { fd, cookie: None });
+        Self(Some(connection.clone()))
+    }
+
+    /// The stream is about to be in other hands.
+    pub(crate) fn check_from_now_on(&self) {
+        if let Some(connection) = &self.0 {
+            connection.socket.check_from_now_on();
+        }
+    }
+}
+
+impl Drop for SocketGuard {
+    fn drop(&mut self) {
+        if let Some(connection) = &self.0 {
+            *lock(&connection.socket.0) = None;
+        }
+    }
+}

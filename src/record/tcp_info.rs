@@ -1,0 +1,331 @@
+//! [`TcpInfo`]: what the kernel knows about a TCP connection (`TCP_INFO`, tcp(7)).
+//!
+//! Linux only; on other systems every question is answered by none. The kernel appends fields to
+//! its structure and never moves one, so the answer is read by offset from as many bytes as it
+//! gave: what an older kernel does not have is none.
+
+use std::fmt;
+use std::num::NonZeroU64;
+use std::time::Duration;
+
+#[cfg(unix)]
+pub(crate) use std::os::fd::RawFd;
+#[cfg(not(unix))]
+pub(crate) type RawFd = i32;
+
+/// A TCP connection as the kernel sees it, at one moment.
+///
+/// From [`ConnectionRecord::tcp_info`](crate::ConnectionRecord::tcp_info). Counts are of the whole
+/// connection since it was opened. A field that is none is one that the kernel does not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct TcpInfo {
+    /// The state of the connection.
+    pub state: TcpState,
+    /// The smoothed round-trip time (RFC 6298, `SRTT`). Zero while nothing was measured.
+    pub rtt: Duration,
+    /// How much the round-trip time varies (RFC 6298, `RTTVAR`).
+    pub rtt_variance: Duration,
+    /// Segments sent again, so far.
+    pub retransmits: u32,
+    /// Segments under way that the kernel takes for lost now.
+    pub lost: u32,
+    /// Segments sent and not acknowledged now.
+    pub unacked: u32,
+    /// The congestion window: how many segments may be under way.
+    pub congestion_window: u32,
+    /// The newest measure of how fast data reaches the peer, bytes per second. None while nothing
+    /// was measured, and before Linux 4.9.
+    pub delivery_rate: Option<u64>,
+    /// Bytes sent that the peer has acknowledged, so far. The opening and the closing segment may
+    /// count as one byte each (RFC 4898, `tcpEStatsAppHCThruOctetsAcked`). None before Linux 4.1.
+    pub bytes_acked: Option<u64>,
+    /// Bytes received in order, so far, read or not; the closing segment counts as one (RFC 4898,
+    /// `tcpEStatsAppHCThruOctetsReceived`). None before Linux 4.1.
+    pub bytes_received: Option<u64>,
+    /// Bytes that were written and not sent yet, now: they wait for a window. None before Linux 4.6.
+    pub not_sent: Option<u32>,
+}
+
+/// The state of a TCP connection (RFC 9293, section 3.3.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize),
+    serde(rename_all = "snake_case")
+)]
+pub enum TcpState {
+    /// Both ends closed, or one reset it.
+    Closed,
+    /// The peer has closed its side and waits for us to close ours.
+    CloseWait,
+    /// Both ends closed at once; the peer's acknowledgement is missing.
+    Closing,
+    /// Data flows.
+    Established,
+    /// We closed our side; the peer has not acknowledged it.
+    #[cfg_attr(feature = "serde", serde(rename = "fin_wait_1"))]
+    FinWait1,
+    /// We closed our side; the peer has not closed its own.
+    #[cfg_attr(feature = "serde", serde(rename = "fin_wait_2"))]
+    FinWait2,
+    /// Both sides are closed, the peer's first; its last acknowledgement is missing.
+    LastAck,
+    /// It waits for connections.
+    Listen,
+    /// The peer's opening was answered.
+    SynReceived,
+    /// Our opening was sent.
+    SynSent,
+    /// Both sides are closed; late segments are waited for.
+    TimeWait,
+}
+
+impl TcpState {
+    /// The value of `network.connection.state` in the semantic conventions.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Closed => "closed",
+            Self::CloseWait => "close_wait",
+            Self::Closing => "closing",
+            Self::Established => "established",
+            Self::FinWait1 => "fin_wait_1",
+            Self::FinWait2 => "fin_wait_2",
+            Self::LastAck => "last_ack",
+            Self::Listen => "listen",
+            Self::SynReceived => "syn_received",
+            Self::SynSent => "syn_sent",
+            Self::TimeWait => "time_wait",
+        }
+    }
+
+    /// From the kernel's number (include/net/tcp_states.h).
+    const fn from_kernel(state: u8) -> Option<Self> {
+        Some(match state {
+            1 => Self::Established,
+            2 => Self::SynSent,
+            3 => Self::SynReceived,
+            4 => Self::FinWait1,
+            5 => Self::FinWait2,
+            6 => Self::TimeWait,
+            7 => Self::Closed,
+            8 => Self::CloseWait,
+            9 => Self::LastAck,
+            10 => Self::Listen,
+            11 => Self::Closing,
+            _ => return None,
+        })
+    }
+}
+
+impl fmt::Display for TcpState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Where `struct tcp_info` of include/uapi/linux/tcp.h has its fields, in bytes. Each stands at a
+/// multiple of its size, so it is the same on every architecture.
+mod at {
+    pub(super) const STATE: usize = 0;
+    pub(super) const UNACKED: usize = 24;
+    pub(super) const LOST: usize = 32;
+    pub(super) const RTT: usize = 68;
+    pub(super) const RTTVAR: usize = 72;
+    pub(super) const SND_CWND: usize = 80;
+    pub(super) const TOTAL_RETRANS: usize = 100;
+    pub(super) const BYTES_ACKED: usize = 120;
+    pub(super) const BYTES_RECEIVED: usize = 128;
+    pub(super) const NOTSENT_BYTES: usize = 144;
+    pub(super) const DELIVERY_RATE: usize = 160;
+    pub(super) const END: usize = 168;
+}
+
+impl TcpInfo {
+    /// From the bytes that the kernel gave.
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let four = |at| Some(u32::from_ne_bytes(*bytes.get(at..)?.first_chunk()?));
+        let eight = |at| Some(u64::from_ne_bytes(*bytes.get(at..)?.first_chunk()?));
+        let micros = |at| Some(Duration::from_micros(four(at)?.into()));
+        Some(Self {
+            state: TcpState::from_kernel(*bytes.get(at::STATE)?)?,
+            rtt: micros(at::RTT)?,
+            rtt_variance: micros(at::RTTVAR)?,
+            retransmits: four(at::TOTAL_RETRANS)?,
+            lost: four(at::LOST)?,
+            unacked: four(at::UNACKED)?,
+            congestion_window: four(at::SND_CWND)?,
+            delivery_rate: eight(at::DELIVERY_RATE).filter(|rate| *rate > 0),
+            bytes_acked: eight(at::BYTES_ACKED),
+            bytes_received: eight(at::BYTES_RECEIVED),
+            not_sent: four(at::NOTSENT_BYTES),
+        })
+    }
+}
+
+/// Asks the kernel. None where the descriptor is no TCP socket.
+pub(crate) fn read(fd: RawFd) -> Option<TcpInfo> {
+    let mut bytes = [0; at::END];
+    TcpInfo::parse(sys::tcp_info(fd, &mut bytes)?)
+}
+
+/// What tells a socket from every other of its network namespace, those later under the same
+/// descriptor too (`SO_COOKIE`, Linux 4.12).
+pub(crate) fn cookie(fd: RawFd) -> Option<NonZeroU64> {
+    let mut bytes = [0; 8];
+    let bytes = sys::cookie(fd, &mut bytes)?.first_chunk()?;
+    NonZeroU64::new(u64::from_ne_bytes(*bytes))
+}
+
+#[cfg(all(target_os = "linux", feature = "net"))]
+mod sys {
+    use super::RawFd;
+    use libc::{IPPROTO_TCP, SO_COOKIE, SOL_SOCKET, TCP_INFO, c_int, socklen_t};
+
+    pub(super) fn tcp_info(fd: RawFd, bytes: &mut [u8]) -> Option<&[u8]> {
+        getsockopt(fd, IPPROTO_TCP, TCP_INFO, bytes)
+    }
+
+    pub(super) fn cookie(fd: RawFd, bytes: &mut [u8]) -> Option<&[u8]> {
+        getsockopt(fd, SOL_SOCKET, SO_COOKIE, bytes)
+    }
+
+    /// The answer, at the beginning of `bytes`.
+    #[allow(unsafe_code)]
+    fn getsockopt(fd: RawFd, level: c_int, name: c_int, bytes: &mut [u8]) -> Option<&[u8]> {
+        let mut length = socklen_t::try_from(bytes.len()).ok()?;
+        // SAFETY: the kernel writes at most `length` bytes to `bytes`, which has as many and is
+        // ours alone, and one number to `length`; it keeps neither address. A descriptor that is
+        // closed or no socket is an error, and to read these two options changes nothing.
+        let failed = unsafe {
+            libc::getsockopt(fd, level, name, bytes.as_mut_ptr().cast(), &raw mut length)
+        };
+        if failed != 0 {
+            return None;
+        }
+        bytes.get(..usize::try_from(length).ok()?)
+    }
+}
+
+#[cfg(not(all(target_os = "linux", feature = "net")))]
+mod sys {
+    use super::RawFd;
+
+    pub(super) const fn tcp_info(_: RawFd, _: &mut [u8]) -> Option<&[u8]> {
+        None
+    }
+
+    pub(super) const fn cookie(_: RawFd, _: &mut [u8]) -> Option<&[u8]> {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a kernel says that has all the fields.
+    fn answer() -> [u8; 232] {
+        let mut bytes = [0xff; 232];
+        let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+        put(at::STATE, &[8]);
+        for (at, value) in [
+            (at::UNACKED, 1_u32),
+            (at::LOST, 2),
+            (at::RTT, 3_000),
+            (at::RTTVAR, 4_000),
+            (at::SND_CWND, 5),
+            (at::TOTAL_RETRANS, 6),
+            (at::NOTSENT_BYTES, 7),
+        ] {
+            put(at, &value.to_ne_bytes());
+        }
+        for (at, value) in [
+            (at::BYTES_ACKED, 8_u64 << 32),
+            (at::BYTES_RECEIVED, 9 << 32),
+            (at::DELIVERY_RATE, 10 << 32),
+        ] {
+            put(at, &value.to_ne_bytes());
+        }
+        bytes
+    }
+
+    #[test]
+    fn every_field_is_read_from_its_place() {
+        let expected = TcpInfo {
+            state: TcpState::CloseWait,
+            rtt: Duration::from_millis(3),
+            rtt_variance: Duration::from_millis(4),
+            retransmits: 6,
+            lost: 2,
+            unacked: 1,
+            congestion_window: 5,
+            delivery_rate: Some(10 << 32),
+            bytes_acked: Some(8 << 32),
+            bytes_received: Some(9 << 32),
+            not_sent: Some(7),
+        };
+        assert_eq!(TcpInfo::parse(&answer()), Some(expected));
+        // As much as is asked for.
+        assert_eq!(TcpInfo::parse(&answer()[..at::END]), Some(expected));
+    }
+
+    /// Each field past the end is none, also where the end is in the middle of it.
+    #[test]
+    fn what_an_older_kernel_does_not_have_is_none() {
+        let bytes = answer();
+        let at = |length| TcpInfo::parse(&bytes[..length]);
+        for length in 0..104 {
+            assert_eq!(at(length), None, "{length}");
+        }
+        for length in 104..=bytes.len() {
+            let info = at(length).unwrap();
+            let there = (
+                info.bytes_acked.is_some(),
+                info.bytes_received.is_some(),
+                info.not_sent.is_some(),
+                info.delivery_rate.is_some(),
+            );
+            let expected = (length >= 128, length >= 136, length >= 148, length >= 168);
+            assert_eq!(there, expected, "{length}");
+        }
+    }
+
+    #[test]
+    fn a_state_that_tcp_does_not_have_is_none() {
+        let mut bytes = answer();
+        let known = (0..=u8::MAX).filter(|state| {
+            bytes[at::STATE] = *state;
+            TcpInfo::parse(&bytes).is_some()
+        });
+        assert_eq!(known.collect::<Vec<_>>(), (1..=11).collect::<Vec<_>>());
+    }
+
+    #[cfg(all(target_os = "linux", feature = "net"))]
+    #[test]
+    fn the_places_are_those_of_the_systems_own_header() {
+        use std::mem::offset_of;
+        assert_eq!(at::UNACKED, offset_of!(libc::tcp_info, tcpi_unacked));
+        assert_eq!(at::LOST, offset_of!(libc::tcp_info, tcpi_lost));
+        assert_eq!(at::RTT, offset_of!(libc::tcp_info, tcpi_rtt));
+        assert_eq!(at::RTTVAR, offset_of!(libc::tcp_info, tcpi_rttvar));
+        assert_eq!(at::SND_CWND, offset_of!(libc::tcp_info, tcpi_snd_cwnd));
+        let retransmits = offset_of!(libc::tcp_info, tcpi_total_retrans);
+        assert_eq!(at::TOTAL_RETRANS, retransmits);
+    }
+
+    #[cfg(all(target_os = "linux", feature = "net"))]
+    #[test]
+    fn what_is_no_tcp_socket_has_no_answer() {
+        use std::os::fd::AsRawFd;
+        let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let (unix, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        for fd in [udp.as_raw_fd(), unix.as_raw_fd(), file.as_raw_fd(), -1] {
+            assert_eq!(read(fd), None);
+        }
+        assert_eq!(cookie(file.as_raw_fd()), None);
+        assert_ne!(cookie(udp.as_raw_fd()), cookie(unix.as_raw_fd()));
+    }
+}
