@@ -52,6 +52,12 @@ impl Conntrack {
         crate::ConnectorBuilder::new(self.recorder.clone(), name)
     }
 
+    /// A pooling HTTP client under this name: limits, queues, events.
+    #[cfg(feature = "transport")]
+    pub fn transport(&self, name: &str) -> crate::TransportBuilder {
+        crate::TransportBuilder::new(self.recorder.clone(), name)
+    }
+
     /// Has a dialer's name reported with zeros before its first use, for names that come with calls
     /// (`DialName`). go-conntrack: `PreRegisterDialerMetrics`.
     ///

@@ -13,10 +13,19 @@
 //!   connection whose requests nobody shows us is neither; it is just open.
 //! - **Close** happens once. The first reason seen wins.
 
+mod pool;
+mod tcp;
+
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
+
+pub use self::pool::{
+    ActiveSnapshot, KeySnapshot, PoolEvent, PoolEventKind, PoolKey, PoolLimit, PoolSnapshot,
+    RequestId, WaitOutcome,
+};
+pub use self::tcp::{TcpInfo, TcpState};
 
 /// Declares a closed list of reasons with their stable text, used as attribute value.
 macro_rules! reasons {
@@ -56,6 +65,8 @@ macro_rules! reasons {
         }
     };
 }
+
+pub(crate) use reasons;
 
 reasons! {
     /// Why an attempt failed: exactly one per attempt.

@@ -50,9 +50,22 @@ pin_project! {
         #[pin]
         io: T,
         guard: ConnectionGuard,
-        // A listener's place under its `max_connections`, free again after the close.
-        permit: Option<tokio::sync::OwnedSemaphorePermit>,
+        // What is free again after the close: a place under a listener's `max_connections`, or in
+        // a pool.
+        place: Option<Place>,
     }
+}
+
+/// What a connection holds until its socket is closed; its drop gives it back.
+enum Place {
+    #[cfg(feature = "net")]
+    Listener {
+        _permit: tokio::sync::OwnedSemaphorePermit,
+    },
+    #[cfg(feature = "transport")]
+    Pool {
+        _permit: Box<dyn std::any::Any + Send + Sync>,
+    },
 }
 
 impl<T> TrackedIo<T> {
@@ -61,7 +74,7 @@ impl<T> TrackedIo<T> {
             socket: SocketGuard::NONE,
             io,
             guard,
-            permit: None,
+            place: None,
         }
     }
 
@@ -78,7 +91,13 @@ impl<T> TrackedIo<T> {
 
     #[cfg(feature = "net")]
     pub(crate) fn with_permit(mut self, permit: Option<tokio::sync::OwnedSemaphorePermit>) -> Self {
-        self.permit = permit;
+        self.place = permit.map(|permit| Place::Listener { _permit: permit });
+        self
+    }
+
+    #[cfg(feature = "transport")]
+    pub(crate) fn with_place(mut self, permit: Box<dyn std::any::Any + Send + Sync>) -> Self {
+        self.place = Some(Place::Pool { _permit: permit });
         self
     }
 
@@ -109,7 +128,7 @@ impl<T> TrackedIo<T> {
             socket: self.socket,
             io: wrap(self.io),
             guard: self.guard,
-            permit: self.permit,
+            place: self.place,
         }
     }
 }

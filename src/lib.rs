@@ -95,15 +95,18 @@ mod record;
 mod socket;
 #[cfg(feature = "otel")]
 mod telemetry;
+#[cfg(feature = "transport")]
+mod transport;
 
 pub use builder::Builder;
 pub use config::ConfigError;
 pub use conntrack::{Conntrack, TrackError};
 #[doc(no_inline)]
 pub use event::{
-    AcceptErrorReason, CloseReason, ConnectionEvent, ConnectionEventKind, ConnectionId,
-    ConnectionState, Direction, Endpoint, FailureReason, Initiator, IoLayer, ProtocolVersion,
-    RejectReason, Target, TlsFacts, TraceRef,
+    AcceptErrorReason, ActiveSnapshot, CloseReason, ConnectionEvent, ConnectionEventKind,
+    ConnectionId, ConnectionState, Direction, Endpoint, FailureReason, Initiator, IoLayer,
+    KeySnapshot, PoolEvent, PoolEventKind, PoolKey, PoolLimit, PoolSnapshot, ProtocolVersion,
+    RejectReason, RequestId, Target, TcpInfo, TcpState, TlsFacts, TraceRef, WaitOutcome,
 };
 #[cfg(feature = "net")]
 pub use inbound::listener::{Accept, Listener, ListenerBuilder, SocketOptions, WhenFull};
@@ -123,8 +126,8 @@ pub use outbound::name::DialName;
 #[cfg(feature = "net")]
 pub use outbound::resolve::{Resolve, Resolving, SystemResolver};
 pub use record::handle::{ConnectionRecord, RequestGuard};
+pub use record::pool::{PoolHostStats, PoolLimits, PoolStats};
 pub use record::stats::{ConnectionSnapshot, Dropped, HostStats, ScopeStats, Stats};
-pub use record::tcp_info::{TcpInfo, TcpState};
 pub use record::timeline::{Moment, TimelineEntry};
 #[cfg(feature = "net")]
 pub use socket::Keepalive;
@@ -136,6 +139,15 @@ pub use telemetry::names;
 pub use telemetry::prometheus::GoConntrackCollector;
 #[cfg(feature = "otlp")]
 pub use telemetry::settings::Protocol;
+
+#[cfg(feature = "transport")]
+pub use transport::body::ResponseBody;
+#[cfg(feature = "transport")]
+pub use transport::config::{HttpVersions, Reuse, TransportBuilder};
+#[cfg(feature = "transport")]
+pub use transport::error::{TransportError, TransportErrorKind};
+#[cfg(feature = "transport")]
+pub use transport::{RequestHooks, Transport};
 
 /// The OpenTelemetry crates that this one was built with: two versions in one program don't see each
 /// other's spans.

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::mpsc;
 
-use crate::event::ConnectionEvent;
+use crate::event::{ConnectionEvent, PoolEvent};
 
 /// Sees what happens to connections.
 ///
@@ -36,8 +36,15 @@ use crate::event::ConnectionEvent;
 /// # Ok::<(), otel_conntrack::ConfigError>(())
 /// ```
 pub trait Observer: Send + Sync + 'static {
-    /// Called for each event; must not block.
-    fn on_connection_event(&self, event: &ConnectionEvent);
+    /// Called for each event of a connection; must not block. Default: nothing.
+    fn on_connection_event(&self, event: &ConnectionEvent) {
+        let _ = event;
+    }
+
+    /// Called for each event of a pool; must not block. It may call the pool. Default: nothing.
+    fn on_pool_event(&self, event: &PoolEvent) {
+        let _ = event;
+    }
 
     /// How many events this observer was given and lost, counted into
     /// [`Dropped::channel_items`](crate::Dropped::channel_items). Default: none.
@@ -55,6 +62,10 @@ pub trait Observer: Send + Sync + 'static {
 impl<O: Observer + ?Sized> Observer for Arc<O> {
     fn on_connection_event(&self, event: &ConnectionEvent) {
         (**self).on_connection_event(event);
+    }
+
+    fn on_pool_event(&self, event: &PoolEvent) {
+        (**self).on_pool_event(event);
     }
 
     fn lost(&self) -> u64 {
@@ -246,15 +257,25 @@ pub(crate) fn shielded<R>(call: impl FnOnce() -> R) -> Option<R> {
         .ok()
 }
 
-impl Observer for Composed {
-    fn on_connection_event(&self, event: &ConnectionEvent) {
+impl Composed {
+    fn each(&self, call: impl Fn(&dyn Observer)) {
         for observer in self.observers.iter() {
             // The observer is not touched again by us after a panic but through `&self`, and its
             // own state is its own business: that is what unwind safety is asserted for.
-            if shielded(|| observer.on_connection_event(event)).is_none() {
+            if shielded(|| call(&**observer)).is_none() {
                 self.panics.fetch_add(1, Ordering::Relaxed);
             }
         }
+    }
+}
+
+impl Observer for Composed {
+    fn on_connection_event(&self, event: &ConnectionEvent) {
+        self.each(|observer| observer.on_connection_event(event));
+    }
+
+    fn on_pool_event(&self, event: &PoolEvent) {
+        self.each(|observer| observer.on_pool_event(event));
     }
 
     fn lost(&self) -> u64 {

@@ -23,6 +23,7 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use crate::event::{ConnectionState, ProtocolVersion};
+use crate::outbound::caller::Caller;
 use crate::outbound::name::DialName;
 use crate::record::Connection;
 use crate::record::handle::{ConnectionRecord, RequestGuard, watch_clones};
@@ -221,7 +222,7 @@ fn acquired(connection: &Arc<Connection>, guard: &mut Option<RequestGuard>, call
     *guard = Some(RequestGuard::new(connection.clone()));
 }
 
-const fn protocol(version: Version) -> Option<ProtocolVersion> {
+pub(crate) const fn protocol(version: Version) -> Option<ProtocolVersion> {
     match version {
         Version::HTTP_10 => Some(ProtocolVersion::Http10),
         Version::HTTP_11 => Some(ProtocolVersion::Http11),
@@ -229,22 +230,6 @@ const fn protocol(version: Version) -> Option<ProtocolVersion> {
         Version::HTTP_3 => Some(ProtocolVersion::Http3),
         _ => None,
     }
-}
-
-#[cfg(feature = "otel")]
-use crate::telemetry::caller::Caller;
-
-/// Without OpenTelemetry the caller has no span.
-#[cfg(not(feature = "otel"))]
-struct Caller;
-
-#[cfg(not(feature = "otel"))]
-impl Caller {
-    const fn current() -> Self {
-        Self
-    }
-
-    const fn acquired(&self, _: &Connection, _: crate::record::connection::Acquired) {}
 }
 
 pin_project! {

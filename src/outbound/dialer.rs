@@ -230,6 +230,25 @@ pub struct Dialer {
 }
 
 impl Dialer {
+    pub(crate) const fn recorder(&self) -> &Recorder {
+        &self.recorder
+    }
+
+    pub(crate) const fn scope(&self) -> &Arc<Scope> {
+        &self.scope
+    }
+
+    /// Where a host is counted.
+    #[cfg(feature = "transport")]
+    pub(crate) fn host_slot(&self, target: &Target, https: bool) -> u32 {
+        let layer = if https {
+            IoLayer::Plaintext
+        } else {
+            IoLayer::Wire
+        };
+        self.scope.host_slot(target, layer)
+    }
+
     /// The name.
     pub fn name(&self) -> &str {
         &self.scope.name
@@ -390,7 +409,7 @@ impl Dialer {
             .map_err(|errors| DialError::connect(target, errors))
     }
 
-    async fn addresses(
+    pub(crate) async fn addresses(
         &self,
         attempt: &Attempt,
         host: &Arc<str>,
@@ -536,6 +555,26 @@ pub enum DialError {
         /// What went wrong.
         source: io::Error,
     },
+    /// A proxy did not let it through.
+    #[error("proxy {proxy} did not open the connection: {source}")]
+    Proxy {
+        /// The proxy's host and port.
+        proxy: String,
+        /// The one reason.
+        reason: FailureReason,
+        /// What the proxy said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The server does not speak what it should.
+    #[error("{target} can't be spoken to: {source}")]
+    Protocol {
+        /// What was asked for.
+        target: String,
+        /// The one reason.
+        reason: FailureReason,
+        /// What went wrong.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
 }
 
 fn others(errors: &[(SocketAddr, io::Error)]) -> String {
@@ -563,7 +602,10 @@ impl DialError {
     pub fn reason(&self) -> FailureReason {
         match self {
             Self::InvalidTarget { .. } => FailureReason::InvalidArgument,
-            Self::Resolve { reason, .. } | Self::Tls { reason, .. } => *reason,
+            Self::Resolve { reason, .. }
+            | Self::Tls { reason, .. }
+            | Self::Proxy { reason, .. }
+            | Self::Protocol { reason, .. } => *reason,
             Self::Connect { source, .. } => classify(source),
             Self::Timeout { .. } => FailureReason::TimedOut,
         }
@@ -584,6 +626,7 @@ impl From<DialError> for io::Error {
             | DialError::Connect { source, .. }
             | DialError::Tls { source, .. } => source.kind(),
             DialError::Timeout { .. } => io::ErrorKind::TimedOut,
+            DialError::Proxy { .. } | DialError::Protocol { .. } => io::ErrorKind::Other,
         };
         Self::new(kind, error)
     }

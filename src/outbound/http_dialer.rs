@@ -47,7 +47,7 @@ impl Dialer {
                     use crate::outbound::tls::{default_config, handshake};
                     let config = self.tls_config().cloned();
                     let config = config.unwrap_or_else(|| default_config(&[b"http/1.1"]));
-                    let stream = handshake(&attempt, config, &target, tcp).await?;
+                    let stream = handshake(&attempt, config, &target.host, tcp).await?;
                     Ok(HttpIo::Tls(Box::new(stream)))
                 }
                 #[cfg(not(feature = "tls"))]

@@ -6,10 +6,13 @@
 //! - [`http_dialer`] makes the dialer a connector for hyper.
 //! - [`connector`] wraps any tower connector. It sees begin and end of set-up, not its phases.
 //! - [`client`] is a layer over an HTTP client: which connection served which request.
+//! - [`caller`] is who made a request.
 //! - [`name`] overrides a dialer's name for one call.
 
 pub(crate) mod failure;
 
+#[cfg(feature = "hyper")]
+pub(crate) mod caller;
 #[cfg(feature = "hyper")]
 pub(crate) mod client;
 #[cfg(feature = "hyper")]

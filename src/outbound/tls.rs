@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ProtocolVersion, RootCertStore};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -43,7 +44,7 @@ impl Dialer {
         let attempt = self.attempt(&target, IoLayer::Plaintext);
         let steps = async {
             let tcp = self.dial(&attempt, &target).await?;
-            handshake(&attempt, config, &target, tcp).await
+            handshake(&attempt, config, &target.host, tcp).await
         };
         let dialled = self.bounded(&attempt, &target, steps).await;
         let (attempt, stream) = settle(attempt, dialled)?;
@@ -70,19 +71,22 @@ pub(crate) fn default_config(alpn: &[&[u8]]) -> Arc<ClientConfig> {
     Arc::new(config)
 }
 
-pub(crate) async fn handshake(
+pub(crate) async fn handshake<T>(
     attempt: &Attempt,
     config: Arc<ClientConfig>,
-    target: &Target,
-    tcp: TcpStream,
-) -> Result<TlsStream<TcpStream>, DialError> {
-    let server_name = target.host.clone();
+    host: &Arc<str>,
+    io: T,
+) -> Result<TlsStream<T>, DialError>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let server_name = host.clone();
     let failed = |reason, source| DialError::Tls {
         server_name: server_name.clone(),
         reason,
         source,
     };
-    let bare = target.host.trim_start_matches('[').trim_end_matches(']');
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
     let name = ServerName::try_from(bare.to_owned()).map_err(|error| {
         failed(
             FailureReason::InvalidArgument,
@@ -90,11 +94,11 @@ pub(crate) async fn handshake(
         )
     })?;
     // An address is checked against the certificate, but not sent (RFC 6066, section 3).
-    let sni = matches!(name, ServerName::DnsName(_)).then(|| target.host.clone());
+    let sni = matches!(name, ServerName::DnsName(_)).then(|| host.clone());
     let phase = attempt.phase(PhaseKind::Tls {
-        server_name: target.host.clone(),
+        server_name: host.clone(),
     });
-    match TlsConnector::from(config).connect(name, tcp).await {
+    match TlsConnector::from(config).connect(name, io).await {
         Ok(stream) => {
             let _ = attempt.connection().tls.set(facts(&stream, sni));
             phase.done();
@@ -111,7 +115,7 @@ pub(crate) async fn handshake(
     }
 }
 
-fn facts(stream: &TlsStream<TcpStream>, server_name: Option<Arc<str>>) -> TlsFacts {
+fn facts<T>(stream: &TlsStream<T>, server_name: Option<Arc<str>>) -> TlsFacts {
     let (_, session) = stream.get_ref();
     TlsFacts {
         version: session.protocol_version().and_then(version),

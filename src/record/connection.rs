@@ -13,12 +13,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::event::{
     CloseReason, ConnectionEventKind, ConnectionId, ConnectionState, Endpoint, FailureReason,
-    Initiator, ProtocolVersion, Target, TlsFacts, TraceRef,
+    Initiator, ProtocolVersion, Target, TcpInfo, TlsFacts, TraceRef,
 };
 use crate::record::scope::{HostSlot, Shard};
 use crate::record::socket_slot::SocketSlot;
 use crate::record::stats::ConnectionSnapshot;
-use crate::record::tcp_info::TcpInfo;
 use crate::record::timeline::{Moment, Timeline};
 use crate::record::{Scope, lock};
 

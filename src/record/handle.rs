@@ -11,12 +11,12 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::event::{
-    CloseReason, ConnectionId, ConnectionState, Direction, Initiator, ProtocolVersion, TraceRef,
+    CloseReason, ConnectionId, ConnectionState, Direction, Initiator, ProtocolVersion, TcpInfo,
+    TraceRef,
 };
 use crate::record::Connection;
 use crate::record::recorder::Recorder;
 use crate::record::stats::ConnectionSnapshot;
-use crate::record::tcp_info::TcpInfo;
 use crate::record::timeline::Moment;
 
 /// The open connection, held by whoever holds the socket. Dropped after it.

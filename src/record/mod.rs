@@ -34,6 +34,7 @@
 
 pub(crate) mod connection;
 pub(crate) mod handle;
+pub(crate) mod pool;
 pub(crate) mod recorder;
 pub(crate) mod scope;
 pub(crate) mod socket_slot;

@@ -8,7 +8,7 @@ use std::collections::hash_map::RandomState;
 use std::collections::{BTreeMap, VecDeque};
 use std::hash::{BuildHasher, Hasher};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::time::SystemTime;
 
 use crate::event::{
@@ -18,6 +18,7 @@ use crate::event::{
 use crate::observer::{Composed, Observer, shielded};
 use crate::record::connection::{Connection, Ends, Phase, PhaseKind};
 use crate::record::handle::ConnectionGuard;
+use crate::record::pool::{PoolSource, PoolStats, Pools, Waited};
 use crate::record::stats::{ConnectionSnapshot, Dropped, Drops, Stats};
 use crate::record::{Scope, lock};
 
@@ -38,6 +39,9 @@ pub(crate) trait Sink: Send + Sync {
 
     /// The connection is closed.
     fn closed(&self, connection: &Connection);
+
+    /// A request's wait for a connection is over.
+    fn waited(&self, _: &Waited<'_>) {}
 }
 
 type Scopes = BTreeMap<(Direction, Arc<str>), Arc<Scope>>;
@@ -55,6 +59,7 @@ struct Inner {
     history: Mutex<VecDeque<Arc<Connection>>>,
     history_size: usize,
     drops: Arc<Drops>,
+    pools: Mutex<Pools>,
 }
 
 impl Recorder {
@@ -71,6 +76,7 @@ impl Recorder {
             history: Mutex::default(),
             history_size,
             drops,
+            pools: Mutex::default(),
         }))
     }
 
@@ -244,6 +250,31 @@ impl Recorder {
         self.remember(connection);
     }
 
+    /// A request's wait for a connection is over.
+    pub(crate) fn waited(&self, waited: &Waited<'_>) {
+        self.to_sinks(|sink| sink.waited(waited));
+    }
+
+    /// A pool begins.
+    pub(crate) fn add_pool(&self, pool: Weak<dyn PoolSource>) {
+        lock(&self.0.pools).add(pool);
+    }
+
+    /// A pool is gone: these are its last counts.
+    pub(crate) fn retire_pool(&self, stats: PoolStats) {
+        lock(&self.0.pools).retire(stats);
+    }
+
+    fn pools(&self) -> Vec<PoolStats> {
+        let (live, gone) = {
+            let pools = lock(&self.0.pools);
+            (pools.live(), pools.gone().to_vec())
+        };
+        // Not under the lock: the last reference to a pool may be ours by now, and its end comes
+        // back here.
+        live.iter().map(|pool| pool.stats()).chain(gone).collect()
+    }
+
     fn remember(&self, connection: &Arc<Connection>) {
         if self.0.history_size == 0 {
             return;
@@ -282,6 +313,7 @@ impl Recorder {
     pub(crate) fn stats(&self) -> Stats {
         Stats {
             scopes: self.scopes().iter().map(|scope| scope.stats()).collect(),
+            pools: self.pools(),
             dropped: self.dropped(),
         }
     }

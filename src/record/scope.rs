@@ -230,6 +230,16 @@ impl Scope {
         !self.observers.is_empty()
     }
 
+    pub(crate) const fn observers(&self) -> &Composed {
+        &self.observers
+    }
+
+    /// The hosts, by slot; none for what has none.
+    pub(crate) fn targets(&self) -> Vec<Option<Target>> {
+        let state = lock(&self.state);
+        state.hosts.iter().map(|host| host.target.clone()).collect()
+    }
+
     /// A span of foreign make panicked; it was caught.
     pub(crate) fn sink_panicked(&self) {
         self.drops.sink_panics(1);
@@ -334,6 +344,11 @@ impl Scope {
     /// The shard of a connection, locked. A connection's state changes under this lock only.
     pub(crate) fn shard(&self, id: ConnectionId) -> MutexGuard<'_, Shard> {
         lock(&self.shards[id.number as usize % SHARDS].0)
+    }
+
+    /// The connection with this id, if it is not closed.
+    pub(crate) fn find(&self, id: ConnectionId) -> Option<Arc<Connection>> {
+        self.shard(id).live.get(&id.number).cloned()
     }
 
     /// Every connection of this scope that is not closed, by id.

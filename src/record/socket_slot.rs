@@ -18,7 +18,8 @@
 use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex};
 
-use crate::record::tcp_info::{self, RawFd, TcpInfo};
+use crate::event::TcpInfo;
+use crate::record::tcp_info::{self, RawFd};
 use crate::record::{Connection, lock};
 
 /// A connection's socket, while it is open and ours to ask. Empty for what is not TCP.

@@ -9,6 +9,7 @@ use crate::event::{
     FailureReason, Initiator, IoLayer, ProtocolVersion, RejectReason, Target, TlsFacts, TraceRef,
 };
 use crate::record::Scope;
+use crate::record::pool::PoolStats;
 use crate::record::scope::{Counts, States};
 use crate::record::timeline::TimelineEntry;
 
@@ -51,6 +52,7 @@ pub(crate) struct Drops {
     pub(crate) metric_exports: Arc<AtomicU64>,
     events: AtomicU64,
     label_sets: AtomicU64,
+    observer_panics: AtomicU64,
     sink_panics: AtomicU64,
     names: AtomicU64,
     phases: AtomicU64,
@@ -63,6 +65,10 @@ impl Drops {
 
     pub(crate) fn label_sets(&self, n: u64) {
         self.label_sets.fetch_add(n, Ordering::Relaxed);
+    }
+
+    pub(crate) fn observer_panics(&self, n: u64) {
+        self.observer_panics.fetch_add(n, Ordering::Relaxed);
     }
 
     pub(crate) fn sink_panics(&self, n: u64) {
@@ -85,7 +91,7 @@ impl Drops {
             events: load(&self.events),
             label_sets: load(&self.label_sets),
             channel_items,
-            observer_panics,
+            observer_panics: observer_panics + load(&self.observer_panics),
             sink_panics: load(&self.sink_panics),
             names: load(&self.names),
             phases: load(&self.phases),
@@ -103,6 +109,8 @@ impl Drops {
 pub struct Stats {
     /// By direction, then by name.
     pub scopes: Vec<ScopeStats>,
+    /// The pools of transports, and the counts of those that are gone.
+    pub pools: Vec<PoolStats>,
     /// What overflowed.
     pub dropped: Dropped,
 }
@@ -116,6 +124,11 @@ impl Stats {
     /// The scope of a dialer or connector.
     pub fn dialer(&self, name: &str) -> Option<&ScopeStats> {
         self.scope(Direction::Outbound, name)
+    }
+
+    /// The pool of a transport; the first that was made, if several have the name.
+    pub fn pool(&self, name: &str) -> Option<&PoolStats> {
+        self.pools.iter().find(|pool| *pool.name == *name)
     }
 
     /// The connections open now, over all scopes.

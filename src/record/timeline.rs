@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use crate::event::ConnectionState;
+use crate::event::{ConnectionState, PoolLimit};
 
 /// How many moments from the beginning are kept.
 pub(crate) const FIRST: usize = 24;
@@ -42,6 +42,15 @@ pub enum Moment {
     LocalShutdown,
     /// Reading or writing failed.
     IoError,
+    /// A limit of its pool was hit, and it is closed for it.
+    LimitHit {
+        /// The limit.
+        limit: PoolLimit,
+        /// Its value.
+        max: u64,
+        /// Idle connections then.
+        idle: u64,
+    },
 }
 
 impl Moment {
@@ -56,6 +65,11 @@ impl Moment {
             Self::EndOfStream => "end_of_stream",
             Self::LocalShutdown => "local_shutdown",
             Self::IoError => "io_error",
+            Self::LimitHit { limit, .. } => match limit {
+                PoolLimit::MaxConnsPerHost => "MaxConnsPerHostHit",
+                PoolLimit::MaxIdleConns => "MaxIdleConnsHit",
+                PoolLimit::MaxIdleConnsPerHost => "MaxIdleConnsPerHostHit",
+            },
         }
     }
 }

@@ -2,6 +2,7 @@
 // Requests are seen by the layer over an HTTP client.
 #![cfg_attr(not(feature = "hyper"), allow(dead_code, unused_imports))]
 
+use std::any::Any;
 use std::sync::Arc;
 
 use opentelemetry::trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, TraceId, TraceState};
@@ -17,18 +18,48 @@ use crate::telemetry::names;
 ///
 /// The context is OpenTelemetry's own, which tracing-opentelemetry makes current when a `tracing`
 /// span is entered. A span that is not sampled costs a look at a thread-local, nothing more.
-pub(crate) struct Caller(Option<Context>);
+pub(crate) struct Caller {
+    context: Option<Context>,
+    trace: Option<TraceRef>,
+}
 
 impl Caller {
     pub(crate) fn current() -> Self {
-        Self(Context::map_current(|context| {
-            (context.has_active_span() && context.span().is_recording()).then(|| context.clone())
-        }))
+        Context::map_current(|context| {
+            if !context.has_active_span() {
+                return Self {
+                    context: None,
+                    trace: None,
+                };
+            }
+            let span = context.span();
+            let id = span.span_context();
+            Self {
+                context: span.is_recording().then(|| context.clone()),
+                trace: id.is_valid().then(|| trace_ref(id)),
+            }
+        })
+    }
+
+    /// The span, also one that is not recorded.
+    pub(crate) const fn trace(&self) -> Option<TraceRef> {
+        self.trace
+    }
+
+    pub(crate) const fn is_recording(&self) -> bool {
+        self.context.is_some()
+    }
+
+    /// The context, for the sink of spans.
+    pub(crate) fn context(&self) -> Option<&(dyn Any + Send + Sync)> {
+        self.context.as_ref().map(|context| context as _)
     }
 
     /// Its request has a connection.
     pub(crate) fn acquired(&self, connection: &Connection, found: Acquired) {
-        let Some(context) = &self.0 else { return };
+        let Some(context) = &self.context else {
+            return;
+        };
         // The span may be of foreign make, and a panic in it is not the request's.
         if shielded(|| Self::tell(context, connection, found)).is_none() {
             connection.scope.sink_panicked();

@@ -1,0 +1,311 @@
+//! Bodies: what is sent, whatever its type, and what is received, which gives the connection back
+//! when it ends.
+
+use std::any::Any;
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::{Buf, Bytes};
+use futures_util::task::AtomicWaker;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use pin_project_lite::pin_project;
+use tokio::time::Sleep;
+
+use crate::record::handle::ConnectionRecord;
+use crate::transport::error::TransportError;
+use crate::transport::io::Tap;
+use crate::transport::lease::Lease;
+
+pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+// === sent ===
+
+/// A body that can be had back while nothing of it was taken.
+trait Source: Body<Data = Bytes, Error = BoxError> + Send {
+    fn into_any(self: Box<Self>) -> Box<dyn Any + Send>;
+}
+
+pin_project! {
+    /// Any body, with its data as `Bytes`.
+    struct Adapter<B> {
+        #[pin]
+        body: B,
+    }
+}
+
+impl<B> Body for Adapter<B>
+where
+    B: Body,
+    B::Error: Into<BoxError>,
+{
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        Poll::Ready(match ready!(self.project().body.poll_frame(cx)) {
+            // For `Bytes` this copies nothing.
+            Some(Ok(frame)) => Some(Ok(
+                frame.map_data(|mut data| data.copy_to_bytes(data.remaining()))
+            )),
+            Some(Err(error)) => Some(Err(error.into())),
+            None => None,
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl<B> Source for Adapter<B>
+where
+    B: Body + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    fn into_any(self: Box<Self>) -> Box<dyn Any + Send> {
+        Box::new(self.body)
+    }
+}
+
+/// A request's body on its way.
+pub(crate) struct SendBody {
+    source: State,
+    /// Closed until the server asks for the body.
+    gate: Option<Waiting>,
+    /// Of a request with hooks.
+    tap: Option<Arc<Tap>>,
+}
+
+enum State {
+    /// Not touched yet.
+    Fresh(Box<dyn Source>),
+    Running(Pin<Box<dyn Source>>),
+    /// There is none: the request is sent for the second time.
+    Empty,
+}
+
+struct Waiting {
+    gate: Arc<Gate>,
+    timeout: Pin<Box<Sleep>>,
+}
+
+/// Holds a body back for `100 Continue`.
+#[derive(Debug, Default)]
+pub(crate) struct Gate {
+    // Release and acquire: who sees it open is woken by who opened it.
+    open: AtomicBool,
+    waker: AtomicWaker,
+}
+
+impl Gate {
+    pub(crate) fn open(&self) {
+        self.open.store(true, Ordering::Release);
+        self.waker.wake();
+    }
+}
+
+impl SendBody {
+    pub(crate) fn new<B>(body: B) -> Self
+    where
+        B: Body + Send + 'static,
+        B::Error: Into<BoxError>,
+    {
+        Self {
+            // For a body without content of its own, such as `Empty`, this allocates nothing.
+            source: State::Fresh(Box::new(Adapter { body })),
+            gate: None,
+            tap: None,
+        }
+    }
+
+    pub(crate) const fn empty() -> Self {
+        Self {
+            source: State::Empty,
+            gate: None,
+            tap: None,
+        }
+    }
+
+    /// Holds it back until the gate is opened or the time has passed.
+    pub(crate) fn wait_for(&mut self, gate: Arc<Gate>, timeout: Duration) {
+        let timeout = Box::pin(tokio::time::sleep(timeout));
+        self.gate = Some(Waiting { gate, timeout });
+    }
+
+    pub(crate) fn tap(&mut self, tap: Arc<Tap>) {
+        self.tap = Some(tap);
+    }
+
+    /// The body as it came, if nothing of it was taken.
+    pub(crate) fn into_original<B: 'static>(self) -> Option<B> {
+        match self.source {
+            State::Fresh(source) => source.into_any().downcast().ok().map(|body| *body),
+            State::Running(_) | State::Empty => None,
+        }
+    }
+
+    fn ended(&mut self) {
+        if let Some(tap) = self.tap.take() {
+            tap.body_ended();
+        }
+    }
+}
+
+impl Body for SendBody {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let this = &mut *self;
+        if let Some(waiting) = &mut this.gate {
+            // Registered before it is looked at: no wake-up is lost.
+            waiting.gate.waker.register(cx.waker());
+            if !waiting.gate.open.load(Ordering::Acquire) {
+                ready!(waiting.timeout.as_mut().poll(cx));
+            }
+            this.gate = None;
+        }
+        if let State::Fresh(_) = this.source
+            && let State::Fresh(source) = std::mem::replace(&mut this.source, State::Empty)
+        {
+            this.source = State::Running(Box::into_pin(source));
+        }
+        let State::Running(source) = &mut this.source else {
+            return Poll::Ready(None);
+        };
+        let frame = ready!(source.as_mut().poll_frame(cx));
+        if frame.is_none() || source.is_end_stream() {
+            this.ended();
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.source {
+            State::Fresh(source) => source.is_end_stream(),
+            State::Running(source) => source.is_end_stream(),
+            State::Empty => true,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.source {
+            State::Fresh(source) => source.size_hint(),
+            State::Running(source) => source.size_hint(),
+            State::Empty => SizeHint::with_exact(0),
+        }
+    }
+}
+
+// === received ===
+
+/// A response's body. At its end, the connection serves the next request.
+///
+/// Dropped before its end, a small rest is read in the background (`drain`), so that an HTTP/1
+/// connection can still be used; else it is closed. On HTTP/2 the stream is reset.
+pub struct ResponseBody {
+    /// There until the drop.
+    body: Option<Incoming>,
+    lease: Option<Lease>,
+    record: ConnectionRecord,
+}
+
+impl ResponseBody {
+    pub(crate) fn new(body: Incoming, lease: Option<Lease>, record: ConnectionRecord) -> Self {
+        // A response without content ends with its head; nobody polls such a body.
+        let ended = body.is_end_stream();
+        let mut body = Self {
+            body: Some(body),
+            lease,
+            record,
+        };
+        if ended {
+            body.complete();
+        }
+        body
+    }
+
+    /// The connection that it comes on.
+    pub const fn connection(&self) -> &ConnectionRecord {
+        &self.record
+    }
+
+    fn complete(&mut self) {
+        if let Some(lease) = self.lease.take() {
+            lease.complete();
+        }
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = TransportError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, TransportError>>> {
+        let this = &mut *self;
+        let Some(body) = &mut this.body else {
+            return Poll::Ready(None);
+        };
+        Poll::Ready(match ready!(Pin::new(&mut *body).poll_frame(cx)) {
+            Some(Ok(frame)) => {
+                // Who knows the length may never ask for the end.
+                if body.is_end_stream() {
+                    this.complete();
+                }
+                Some(Ok(frame))
+            }
+            Some(Err(error)) => Some(Err(match this.lease.take() {
+                Some(lease) => lease.broken(error),
+                None => TransportError::of_hyper(error, String::new()),
+            })),
+            None => {
+                this.complete();
+                None
+            }
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.as_ref().is_none_or(Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.as_ref().map(Body::size_hint).unwrap_or_default()
+    }
+}
+
+impl Drop for ResponseBody {
+    fn drop(&mut self) {
+        if let (Some(lease), Some(body)) = (self.lease.take(), self.body.take()) {
+            lease.abandoned(body);
+        }
+    }
+}
+
+impl fmt::Debug for ResponseBody {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseBody")
+            .field("body", &self.body)
+            .field("connection", &self.record.id())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,268 @@
+//! [`Transport`]: a pooling HTTP client that tells everything.
+//!
+//! | file | what it does |
+//! |---|---|
+//! | [`pool`] | which request gets which connection: a pure state machine |
+//! | [`shell`] | carries out what the pool says, under one lock; tells its events |
+//! | [`request`] | one request's way: checkout, wait, exchange, again where nothing was sent |
+//! | [`lease`] | a request's hold on its connection |
+//! | [`dial`] | socket, proxy, TLS, HTTP handshake, and the task that drives the connection |
+//! | [`io`] | the stream, and what is read off it that hyper does not tell |
+//! | [`body`] | bodies sent and received |
+//! | [`key`] | which connections can serve a request |
+//! | [`config`], [`error`], [`proxy`] | settings, failures, proxies |
+//!
+//! Who owns what: a `Transport` (all clones together) owns the right to be served; when the last is
+//! dropped, idle connections are closed. A [`lease::Lease`] owns a connection's sender while a
+//! request has it; else the pool's shell does. A connection's task owns the socket, and the socket's
+//! permit with it: permits are out exactly as long as sockets are open or being dialled.
+
+pub(crate) mod body;
+pub(crate) mod config;
+pub(crate) mod dial;
+pub(crate) mod error;
+pub(crate) mod h2_frames;
+pub(crate) mod io;
+pub(crate) mod key;
+pub(crate) mod lease;
+pub(crate) mod list;
+pub(crate) mod pool;
+pub(crate) mod proxy;
+pub(crate) mod request;
+pub(crate) mod shell;
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use http::{Request, Response};
+use http_body::Body;
+use tower_service::Service;
+
+use crate::observer::{Composed, Observer};
+use crate::outbound::caller::Caller;
+use crate::outbound::dialer::Dialer;
+use crate::record::handle::ConnectionRecord;
+use crate::record::pool::{PoolSource, PoolStats};
+use crate::transport::body::{BoxError, ResponseBody, SendBody};
+use crate::transport::config::Settings;
+use crate::transport::error::TransportError;
+use crate::transport::shell::Shell;
+
+/// A pooling HTTP client: Go's `http.Transport`, with the hooks that Go's never got. Cheap to clone;
+/// all clones share their connections.
+///
+/// It is a tower `Service<http::Request<B>>` for any body, so it goes under any tower layer; or call
+/// [`send`](Self::send). It speaks HTTP/1.1 and HTTP/2, over TCP, TLS (feature `tls`), Unix sockets
+/// and proxies. It follows no redirects, keeps no cookies, and decompresses nothing: those are
+/// layers.
+///
+/// Every connection is tracked like all others of this crate. On top of that there are the pool's
+/// own events ([`PoolEvent`](crate::PoolEvent)), gauges and counters
+/// ([`stats`](Self::stats), metrics), and a span for each request that had to wait: how long, why,
+/// and who held what it waited for.
+///
+/// Dropping the last clone closes what is idle; requests that run go on.
+///
+/// # Example
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use http_body_util::{BodyExt, Empty};
+/// use hyper::body::Bytes;
+/// use otel_conntrack::Conntrack;
+/// # let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+/// # let url = format!("http://{}/", listener.local_addr()?);
+/// # tokio::spawn(async move {
+/// #     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+/// #     let (mut io, _) = listener.accept().await.unwrap();
+/// #     let _ = io.read(&mut [0; 1024]).await;
+/// #     let _ = io.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi").await;
+/// #     let _ = io.read(&mut [0; 1024]).await;
+/// # });
+///
+/// let conntrack = Conntrack::builder().build()?;
+/// let transport = conntrack
+///     .transport("search")
+///     .max_conns_per_host(8)
+///     .wait_timeout(std::time::Duration::from_secs(5))
+///     .build()?;
+///
+/// let request = http::Request::get(url).body(Empty::<Bytes>::new())?;
+/// let response = transport.send(request).await?;
+/// let body = response.into_body().collect().await?.to_bytes();
+/// assert_eq!(body, "hi");
+///
+/// let stats = transport.stats();
+/// assert_eq!((stats.idle, stats.event("GotConn")), (1, 1));
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Transport(Arc<Owner>);
+
+/// All clones of a transport.
+struct Owner {
+    shell: Arc<Shell>,
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.shell.shut();
+    }
+}
+
+impl Transport {
+    pub(crate) fn new(dialer: Dialer, settings: Settings, observers: Composed) -> Self {
+        Self(Arc::new(Owner {
+            shell: Shell::new(dialer, settings, observers),
+        }))
+    }
+
+    /// The name.
+    pub fn name(&self) -> &str {
+        &self.0.shell.scope.name
+    }
+
+    /// Sends a request; the response comes with its head, its body as it arrives.
+    ///
+    /// The URL must be absolute. The span that is current now is the caller's: it gets an event and
+    /// a link when the request has a connection, and a child span if it had to wait. `Host` is set
+    /// unless it is there. The connection's [`ConnectionRecord`] stands in the response's extensions
+    /// and on its [body](ResponseBody::connection). Needs a tokio runtime with time and I/O.
+    ///
+    /// Cancel-safe: dropped while it waits, the request leaves the queue; dropped later, its
+    /// HTTP/1 connection is closed, its HTTP/2 stream reset.
+    ///
+    /// # Errors
+    ///
+    /// [`TransportError`] says what happened, whether the request was sent, and gives it back where
+    /// it was not.
+    pub fn send<B>(
+        &self,
+        mut request: Request<B>,
+    ) -> impl Future<Output = Result<Response<ResponseBody>, TransportError>> + Send + use<B>
+    where
+        B: Body + Send + 'static,
+        B::Error: Into<BoxError>,
+    {
+        let transport = self.clone();
+        let caller = Caller::current();
+        let hooks = request.extensions_mut().remove::<RequestHooks>();
+        let request = request.map(SendBody::new);
+        async move {
+            let hooks = hooks.map(|hooks| hooks.0);
+            request::send::<B>(&transport.0.shell, &caller, hooks, request).await
+        }
+    }
+
+    /// Everything that is counted of the pool, now: see [`PoolStats`] for what is always true.
+    pub fn stats(&self) -> PoolStats {
+        PoolSource::stats(&*self.0.shell)
+    }
+
+    /// Closes what is idle, and what comes back before the next request. What runs goes on. Go:
+    /// `CloseIdleConnections`.
+    pub fn close_idle_connections(&self) {
+        self.0.shell.close_idle();
+    }
+
+    /// Serves no further request, tells those that wait, closes what is idle, and waits for the rest
+    /// until the deadline; what is open then is cut off.
+    ///
+    /// Gives back the connections that were cut off, upgraded ones included; none if all ended by
+    /// themselves. Dropped before it is done, it has still begun: nothing is served any more.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), otel_conntrack::ConfigError> {
+    /// use std::time::Duration;
+    ///
+    /// let conntrack = otel_conntrack::Conntrack::builder().build()?;
+    /// let transport = conntrack.transport("search").build()?;
+    /// let cut = transport.shutdown(Duration::from_secs(10)).await;
+    /// assert!(cut.is_empty());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn shutdown(&self, deadline: Duration) -> Vec<ConnectionRecord> {
+        let shell = &self.0.shell;
+        shell.shut();
+        if tokio::time::timeout(deadline, shell.drained())
+            .await
+            .is_ok()
+        {
+            return Vec::new();
+        }
+        let cut = shell.cut();
+        cut.into_iter().map(ConnectionRecord).collect()
+    }
+}
+
+impl<B> Service<Request<B>> for Transport
+where
+    B: Body + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    type Response = Response<ResponseBody>;
+    type Error = TransportError;
+    type Future =
+        Pin<Box<dyn Future<Output = Result<Response<ResponseBody>, TransportError>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), TransportError>> {
+        // Which queue a request belongs in is known when its URL is.
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        Box::pin(self.send(request))
+    }
+}
+
+impl fmt::Debug for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Transport")
+            .field("name", &self.name())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Hooks for one request: an observer in the request's extensions, which is told of the pool events
+/// of this request alone. Go: `httptrace.WithClientTrace`.
+///
+/// ```
+/// # fn main() -> Result<(), http::Error> {
+/// use otel_conntrack::{Hooks, RequestHooks};
+///
+/// let mut request = http::Request::get("http://example.com/").body(())?;
+/// RequestHooks::add(&mut request, Hooks::new().on_got_conn(|event| println!("{:?}", event.kind)));
+/// // Another layer's hooks are called after it, not instead of it:
+/// RequestHooks::add(&mut request, Hooks::new().on_wrote_request(|_| println!("sent")));
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct RequestHooks(Arc<dyn Observer>);
+
+impl RequestHooks {
+    /// Adds an observer to a request; those that it has are called before it.
+    pub fn add<B>(request: &mut Request<B>, observer: impl Observer) {
+        let observer: Arc<dyn Observer> = Arc::new(observer);
+        let extensions = request.extensions_mut();
+        let hooks = match extensions.remove::<Self>() {
+            Some(Self(before)) => Arc::new(Composed::new(vec![before, observer])),
+            None => observer,
+        };
+        extensions.insert(Self(hooks));
+    }
+}
+
+impl fmt::Debug for RequestHooks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RequestHooks").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,512 @@
+//! One request's way: checkout, perhaps a wait, the exchange, and again where nothing was sent.
+
+use std::future::Future;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::SystemTime;
+
+use futures_util::future::Either;
+use http::header::{CONNECTION, EXPECT, HOST};
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version};
+use http_body::Body;
+use hyper::body::Incoming;
+
+use crate::event::{CloseReason, FailureReason, PoolEventKind, RequestId, TraceRef, WaitOutcome};
+use crate::observer::Observer;
+use crate::outbound::caller::Caller;
+use crate::outbound::client::protocol;
+use crate::record::Connection;
+use crate::record::handle::{ConnectionRecord, RequestGuard};
+use crate::record::pool::{Wait, Waited};
+use crate::transport::body::{Gate, ResponseBody, SendBody};
+use crate::transport::dial::DialFailure;
+use crate::transport::error::{TransportError, TransportErrorKind, target_of};
+use crate::transport::key::KeyRef;
+use crate::transport::lease::{Held, Lease, Sender};
+use crate::transport::pool::{Asker, ConnIx};
+use crate::transport::proxy::Route;
+use crate::transport::shell::{Begun, Granted, Served, Shell, Ticket};
+
+/// How often a request is tried again of which nothing was sent: each try costs the pool a dead
+/// connection.
+const TRIES: usize = 8;
+
+type Answer = Result<Response<ResponseBody>, TransportError>;
+
+/// What stays the same over all tries.
+struct Errand<'a> {
+    shell: &'a Arc<Shell>,
+    caller: &'a Caller,
+    hooks: Option<Arc<dyn Observer>>,
+    uri: Uri,
+    route: Route,
+    request: Option<RequestId>,
+}
+
+impl Drop for Errand<'_> {
+    fn drop(&mut self) {
+        if let (Some(_), Some(request)) = (&self.hooks, self.request) {
+            self.shell.forget_hooks(request);
+        }
+    }
+}
+
+/// Sends a request and waits for the response's head.
+pub(crate) async fn send<B: Send + 'static>(
+    shell: &Arc<Shell>,
+    caller: &Caller,
+    hooks: Option<Arc<dyn Observer>>,
+    request: Request<SendBody>,
+) -> Answer {
+    let uri = request.uri().clone();
+    let mut errand = Errand {
+        shell,
+        caller,
+        hooks,
+        route: shell.route(&uri),
+        uri,
+        request: None,
+    };
+    let give_back = |error: TransportError, request: Request<SendBody>, uri: &Uri| {
+        let (mut parts, body) = request.into_parts();
+        parts.uri = uri.clone();
+        match body.into_original::<B>() {
+            Some(body) => error.with_request(Request::from_parts(parts, body)),
+            None => error,
+        }
+    };
+    let mut request = request;
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let needs_host = !request.headers().contains_key(HOST);
+        let (granted, host) = match errand.connection(needs_host).await {
+            Ok(granted) => granted,
+            Err(error) => return Err(give_back(error, request, &errand.uri)),
+        };
+        match errand.exchange(granted, host, request).await {
+            Exchanged::Answer(answer) => return answer,
+            Exchanged::Again(again, error) => {
+                if tries >= TRIES {
+                    return Err(give_back(error, again, &errand.uri));
+                }
+                request = again;
+            }
+        }
+    }
+}
+
+enum Exchanged {
+    Answer(Answer),
+    /// Nothing was sent, or it does no harm to send it again.
+    Again(Request<SendBody>, TransportError),
+}
+
+impl Errand<'_> {
+    fn error(&self, what: TransportErrorKind) -> TransportError {
+        TransportError::new(what, target_of(&self.uri))
+    }
+
+    /// Gets a connection.
+    async fn connection(
+        &mut self,
+        needs_host: bool,
+    ) -> Result<(Granted, Option<HeaderValue>), TransportError> {
+        let key = KeyRef::of(&self.uri, &self.route)?;
+        let asker = Asker {
+            trace: self.caller.trace(),
+            recording: self.caller.is_recording(),
+            ..Asker::default()
+        };
+        let mut host = None;
+        let wants = needs_host.then_some(&mut host);
+        let begun = self
+            .shell
+            .checkout(key, asker, &mut self.request, self.hooks.as_ref(), wants);
+        let granted = match begun {
+            Begun::Ready(granted) => granted,
+            Begun::Waits(ticket) => self.wait(ticket).await?,
+            Begun::QueueFull(waiting) => {
+                let max = self.shell.settings.limits.max_waiters.unwrap_or(waiting);
+                return Err(self.error(TransportErrorKind::QueueFull { waiting, max }));
+            }
+            Begun::Closed => return Err(self.error(TransportErrorKind::Closed)),
+        };
+        Ok((granted, host))
+    }
+
+    async fn wait(&self, ticket: Ticket) -> Result<Granted, TransportError> {
+        let waiting = Waiting {
+            shell: self.shell,
+            caller: self.caller,
+            ticket: Some(ticket),
+        };
+        match waiting.await {
+            Served::Granted(granted, wait) => {
+                let setup = match wait.outcome {
+                    WaitOutcome::DeliveredNew => granted.record.trace.get().copied(),
+                    _ => None,
+                };
+                report(self.shell, self.caller, &wait, setup, None);
+                Ok(granted)
+            }
+            Served::Failed(wait, why) => {
+                let setup = why.as_ref().and_then(|why| why.setup);
+                let reason = why.as_ref().map(|why| why.error.reason());
+                report(self.shell, self.caller, &wait, setup, reason);
+                Err(self.error(self.why_not(&wait, why)))
+            }
+        }
+    }
+
+    fn why_not(&self, wait: &Wait, why: Option<DialFailure>) -> TransportErrorKind {
+        match (wait.outcome, why) {
+            (WaitOutcome::TimedOut, _) => TransportErrorKind::WaitTimedOut {
+                timeout: self.shell.settings.limits.wait_timeout.unwrap_or_default(),
+                ahead: wait.depth,
+            },
+            (WaitOutcome::DialFailed, Some(why)) => TransportErrorKind::Dial(why.error),
+            (WaitOutcome::PoolClosed, _) => TransportErrorKind::Closed,
+            _ => TransportErrorKind::Cancelled,
+        }
+    }
+
+    /// Sends the request on its connection and waits for the response's head.
+    async fn exchange(
+        &mut self,
+        granted: Granted,
+        host: Option<HeaderValue>,
+        mut request: Request<SendBody>,
+    ) -> Exchanged {
+        let Granted {
+            grant,
+            mut sender,
+            record,
+            tap,
+        } = granted;
+        let settings = &self.shell.settings;
+        self.caller.acquired(&record, record.request_started());
+        let has_body = !request.body().is_end_stream();
+        let h1 = matches!(sender, Sender::H1(_));
+        let tunnel = request.method() == Method::CONNECT;
+        let mut last = false;
+        let mut gate = None;
+        if h1 {
+            last = !settings.limits.keep_alive || says_close(request.headers());
+            self.prepare_h1(&mut request, host);
+            if has_body && expects_continue(request.headers()) {
+                gate = Some(Arc::new(Gate::default()));
+            }
+            self.listen(&mut request, gate.as_ref(), grant.request, grant.conn);
+            if self.hooks.is_some() || self.shell.observed() {
+                tap.arm(grant.request, has_body);
+                request.body_mut().tap(tap.clone());
+            }
+        } else {
+            self.prepare_h2(&mut request);
+            if has_body && expects_continue(request.headers()) {
+                gate = Some(Arc::new(Gate::default()));
+            }
+        }
+        if let Some(gate) = &gate {
+            let timeout = settings.expect_continue_timeout;
+            request.body_mut().wait_for(gate.clone(), timeout);
+        }
+        // What can be sent twice without harm is kept, in case the connection was dead already.
+        let copy = (settings.retry_idempotent && grant.reused && !has_body)
+            .then(|| idempotent(&request))
+            .flatten();
+        let read_before = record.bytes().0;
+        let exchange = match &mut sender {
+            Sender::H1(sender) => Either::Left(sender.try_send_request(request)),
+            Sender::H2(sender) => Either::Right(sender.try_send_request(request)),
+        };
+        let mut exchange = pin!(exchange);
+        // Declared after the exchange, so dropped before it: a cancel says why first.
+        let lease = Lease::new(Held {
+            shell: self.shell.clone(),
+            conn: grant.conn,
+            request: grant.request,
+            sender,
+            guard: RequestGuard::new(record.clone()),
+            tap: h1.then_some(tap),
+            last,
+        });
+        let answer = match settings.response_header_timeout {
+            None => exchange.as_mut().await,
+            Some(timeout) => match tokio::time::timeout(timeout, exchange.as_mut()).await {
+                Ok(answer) => answer,
+                Err(_) => {
+                    let silent = record.bytes().0 == read_before;
+                    if h1 || silent {
+                        lease.distrusted(CloseReason::TimedOut);
+                    }
+                    let what = TransportErrorKind::ResponseHeaderTimeout { timeout };
+                    return Exchanged::Answer(Err(self.error(what).on(record.id).sent(true)));
+                }
+            },
+        };
+        match answer {
+            Ok(response) => {
+                Exchanged::Answer(Ok(self.answered(response, lease, record, h1, tunnel)))
+            }
+            Err(mut failed) => {
+                if let Some(mut unsent) = failed.take_message() {
+                    lease.unsent();
+                    *unsent.uri_mut() = self.uri.clone();
+                    let error = TransportError::of_hyper(failed.into_error(), target_of(&self.uri));
+                    return Exchanged::Again(unsent, error.on(record.id));
+                }
+                let error = failed.into_error();
+                let unprocessed = unprocessed(&error);
+                let silent = record.bytes().0 == read_before;
+                lease.failed(&error);
+                let dead = h1 && silent && !error.is_user() && !error.is_parse();
+                let error = TransportError::of_hyper(error, target_of(&self.uri))
+                    .on(record.id)
+                    .sent(true)
+                    .retryable(unprocessed);
+                match copy {
+                    Some(mut copy) if dead || unprocessed => {
+                        *copy.uri_mut() = self.uri.clone();
+                        Exchanged::Again(copy, error)
+                    }
+                    _ => Exchanged::Answer(Err(error)),
+                }
+            }
+        }
+    }
+
+    /// The response's head is there.
+    fn answered(
+        &self,
+        response: Response<Incoming>,
+        mut lease: Lease,
+        record: Arc<Connection>,
+        h1: bool,
+        tunnel: bool,
+    ) -> Response<ResponseBody> {
+        if let Some(version) = protocol(response.version())
+            && record.protocol() != Some(version)
+        {
+            record.set_protocol(version);
+        }
+        let status = response.status();
+        if let Some(held) = lease.held() {
+            if h1 {
+                held.last |= ends_connection(&response);
+            } else if self.hooks.is_some() || self.shell.observed() {
+                let kind = PoolEventKind::GotFirstResponseByte;
+                self.shell.tell(held.conn, held.request, kind);
+            }
+        }
+        let upgraded =
+            h1 && (status == StatusCode::SWITCHING_PROTOCOLS || tunnel && status.is_success());
+        let lease = if upgraded {
+            lease.upgraded();
+            None
+        } else {
+            Some(lease)
+        };
+        let (mut parts, body) = response.into_parts();
+        parts.extensions.insert(ConnectionRecord(record.clone()));
+        Response::from_parts(
+            parts,
+            ResponseBody::new(body, lease, ConnectionRecord(record)),
+        )
+    }
+
+    fn prepare_h1(&self, request: &mut Request<SendBody>, host: Option<HeaderValue>) {
+        if request.version() != Version::HTTP_10 {
+            *request.version_mut() = Version::HTTP_11;
+        }
+        let forward = matches!(self.route, Route::Forward(_));
+        if let Some(host) = host.or_else(|| {
+            (forward && !request.headers().contains_key(HOST))
+                .then(|| host_of(&self.uri))
+                .flatten()
+        }) {
+            request.headers_mut().insert(HOST, host);
+        }
+        if !self.shell.settings.limits.keep_alive {
+            let close = HeaderValue::from_static("close");
+            request.headers_mut().insert(CONNECTION, close);
+        }
+        if request.method() == Method::CONNECT {
+            if let Some(authority) = self.uri.authority()
+                && let Ok(uri) = Uri::try_from(authority.as_str())
+            {
+                *request.uri_mut() = uri;
+            }
+        } else if forward {
+            self.route.forward_request(request);
+        } else {
+            let mut parts = http::uri::Parts::default();
+            let path = self.uri.path_and_query().cloned();
+            parts.path_and_query = Some(path.unwrap_or_else(|| PathAndQuery::from_static("/")));
+            if let Ok(uri) = Uri::from_parts(parts) {
+                *request.uri_mut() = uri;
+            }
+        }
+    }
+
+    fn prepare_h2(&self, request: &mut Request<SendBody>) {
+        *request.version_mut() = Version::HTTP_2;
+        // No user in the `:authority` (RFC 9113, section 8.3.1).
+        if let Some(authority) = self.uri.authority()
+            && let Some((_, host)) = authority.as_str().rsplit_once('@')
+        {
+            let mut parts = self.uri.clone().into_parts();
+            parts.authority = host.parse().ok();
+            if let Ok(uri) = Uri::from_parts(parts) {
+                *request.uri_mut() = uri;
+            }
+        }
+    }
+
+    /// Hears informational responses, where anybody wants to know.
+    fn listen(
+        &self,
+        request: &mut Request<SendBody>,
+        gate: Option<&Arc<Gate>>,
+        id: RequestId,
+        conn: ConnIx,
+    ) {
+        let told = self.hooks.is_some() || self.shell.observed();
+        if gate.is_none() && !told {
+            return;
+        }
+        let shell = told.then(|| Arc::downgrade(self.shell));
+        let gate = gate.cloned();
+        hyper::ext::on_informational(request, move |response| {
+            let status = response.status();
+            if status == StatusCode::CONTINUE
+                && let Some(gate) = &gate
+            {
+                gate.open();
+            }
+            if let Some(shell) = shell.as_ref().and_then(std::sync::Weak::upgrade) {
+                let kind = if status == StatusCode::CONTINUE {
+                    PoolEventKind::Got100Continue
+                } else {
+                    PoolEventKind::Got1xxResponse {
+                        status: status.as_u16(),
+                    }
+                };
+                shell.tell(conn, id, kind);
+            }
+        });
+    }
+}
+
+/// Tells the sinks of a wait that is over.
+fn report(
+    shell: &Shell,
+    caller: &Caller,
+    wait: &Wait,
+    setup: Option<TraceRef>,
+    error: Option<FailureReason>,
+) {
+    shell.recorder.waited(&Waited {
+        scope: &shell.scope,
+        caller: caller.context(),
+        took: shell.now().mono.saturating_sub(wait.since.mono),
+        until: SystemTime::now(),
+        wait,
+        setup,
+        error,
+    });
+}
+
+/// Waits in the queue. Dropped, the request gives up its place.
+struct Waiting<'a> {
+    shell: &'a Arc<Shell>,
+    caller: &'a Caller,
+    ticket: Option<Ticket>,
+}
+
+impl Future for Waiting<'_> {
+    type Output = Served;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Served> {
+        let Some(ticket) = self.ticket else {
+            return Poll::Pending;
+        };
+        let served = self.shell.poll_served(ticket, cx.waker());
+        if served.is_ready() {
+            self.ticket = None;
+        }
+        served
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if let Some(ticket) = self.ticket.take()
+            && let Some(wait) = self.shell.give_up(ticket)
+        {
+            report(self.shell, self.caller, &wait, None, None);
+        }
+    }
+}
+
+fn says_close(headers: &HeaderMap) -> bool {
+    headers
+        .get_all(CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .any(|token| token.trim().eq_ignore_ascii_case("close"))
+}
+
+/// Whether an HTTP/1 response is the last on its connection.
+fn ends_connection(response: &Response<Incoming>) -> bool {
+    if response.version() == Version::HTTP_10 {
+        // hyper keeps such a connection if the server says so; we need not.
+        return true;
+    }
+    !response.headers().is_empty() && says_close(response.headers())
+}
+
+fn expects_continue(headers: &HeaderMap) -> bool {
+    headers
+        .get(EXPECT)
+        .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+}
+
+fn host_of(uri: &Uri) -> Option<HeaderValue> {
+    let authority = uri.authority()?.as_str();
+    let host = authority
+        .rsplit_once('@')
+        .map_or(authority, |(_, host)| host);
+    HeaderValue::from_str(host).ok()
+}
+
+/// A copy of a request that may be sent twice, as Go says: safe methods, and those that have a key
+/// against doing things twice.
+fn idempotent(request: &Request<SendBody>) -> Option<Request<SendBody>> {
+    let safe = [Method::GET, Method::HEAD, Method::OPTIONS, Method::TRACE];
+    let keyed = ["idempotency-key", "x-idempotency-key"];
+    if !safe.contains(request.method())
+        && !keyed.iter().any(|key| request.headers().contains_key(*key))
+    {
+        return None;
+    }
+    let mut copy = Request::new(SendBody::empty());
+    *copy.method_mut() = request.method().clone();
+    *copy.version_mut() = request.version();
+    *copy.headers_mut() = request.headers().clone();
+    Some(copy)
+}
+
+/// The server says that it has not processed the request (RFC 9113, section 8.7).
+fn unprocessed(error: &hyper::Error) -> bool {
+    let h2 = std::error::Error::source(error).and_then(|e| e.downcast_ref::<h2::Error>());
+    h2.is_some_and(|e| {
+        let reason = e.reason();
+        e.is_remote() && e.is_reset() && reason == Some(h2::Reason::REFUSED_STREAM)
+            || e.is_remote() && e.is_go_away() && reason == Some(h2::Reason::NO_ERROR)
+    })
+}
