@@ -631,6 +631,43 @@ pub struct TlsFacts {
     pub resumed: Option<bool>,
 }
 
+/// An event of either kind, as a [`channel`](crate::channel) carries it.
+#[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize), serde(untagged))]
+#[non_exhaustive]
+pub enum Event {
+    /// Of a connection.
+    Connection(ConnectionEvent),
+    /// Of a pool.
+    Pool(PoolEvent),
+}
+
+impl Event {
+    /// The event, if it is a connection's.
+    pub fn connection(self) -> Option<ConnectionEvent> {
+        match self {
+            Self::Connection(event) => Some(event),
+            Self::Pool(_) => None,
+        }
+    }
+
+    /// The event, if it is a pool's.
+    pub fn pool(self) -> Option<PoolEvent> {
+        match self {
+            Self::Pool(event) => Some(event),
+            Self::Connection(_) => None,
+        }
+    }
+
+    /// The row's name in the vocabulary, such as `Established` or `IdleConnIn`.
+    pub const fn row(&self) -> &'static str {
+        match self {
+            Self::Connection(event) => event.kind.name(),
+            Self::Pool(event) => event.kind.name(),
+        }
+    }
+}
+
 /// Something happened to a connection, or to a listener that got none.
 ///
 /// Events of one *scope* (one direction and name) are delivered one after the other, in the order

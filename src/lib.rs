@@ -104,7 +104,7 @@ pub use conntrack::{Conntrack, TrackError};
 #[doc(no_inline)]
 pub use event::{
     AcceptErrorReason, ActiveSnapshot, CloseReason, ConnectionEvent, ConnectionEventKind,
-    ConnectionId, ConnectionState, Direction, Endpoint, FailureReason, Initiator, IoLayer,
+    ConnectionId, ConnectionState, Direction, Endpoint, Event, FailureReason, Initiator, IoLayer,
     KeySnapshot, PoolEvent, PoolEventKind, PoolKey, PoolLimit, PoolSnapshot, ProtocolVersion,
     RejectReason, RequestId, Target, TcpInfo, TcpState, TlsFacts, TraceRef, WaitOutcome,
 };

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::mpsc;
 
-use crate::event::{ConnectionEvent, PoolEvent};
+use crate::event::{ConnectionEvent, Event, PoolEvent};
 
 /// Sees what happens to connections.
 ///
@@ -77,7 +77,8 @@ impl<O: Observer + ?Sized> Observer for Arc<O> {
     }
 }
 
-type Hook = Box<dyn Fn(&ConnectionEvent) + Send + Sync>;
+/// A hook with the row that it is for; none for all.
+type Rows<E> = Vec<(Option<&'static str>, Box<dyn Fn(&E) + Send + Sync>)>;
 
 /// An [`Observer`] made of closures, one per kind of event, any number of them each.
 ///
@@ -92,23 +93,26 @@ type Hook = Box<dyn Fn(&ConnectionEvent) + Send + Sync>;
 ///         if let ConnectionEventKind::Closed { reason, age, .. } = &event.kind {
 ///             println!("closed after {age:?}: {reason}");
 ///         }
-///     });
+///     })
+///     .on_max_conns_per_host_hit(|event| eprintln!("{} is full: {:?}", event.key, event.kind));
 /// let conntrack = Conntrack::builder().observer(hooks).build()?;
 /// # Ok::<(), otel_conntrack::ConfigError>(())
 /// ```
 #[derive(Default)]
 pub struct Hooks {
-    hooks: Vec<(Option<&'static str>, Hook)>,
+    connections: Rows<ConnectionEvent>,
+    pools: Rows<PoolEvent>,
 }
 
 /// Builder methods that hang a closure on one row of the vocabulary.
 macro_rules! hooks {
-    ($( $(#[$meta:meta])* $method:ident => $row:literal, )+) => {
+    ($rows:ident, $event:ty; $( $(#[$meta:meta])* $method:ident => $row:expr, )+) => {
         impl Hooks {
             $( $(#[$meta])*
             #[must_use]
-            pub fn $method(self, hook: impl Fn(&ConnectionEvent) + Send + Sync + 'static) -> Self {
-                self.on(Some($row), hook)
+            pub fn $method(mut self, hook: impl Fn(&$event) + Send + Sync + 'static) -> Self {
+                self.$rows.push(($row, Box::new(hook)));
+                self
             } )+
         }
     };
@@ -119,69 +123,110 @@ impl Hooks {
     pub fn new() -> Self {
         Self::default()
     }
-
-    /// Called for every event.
-    #[must_use]
-    pub fn on_event(self, hook: impl Fn(&ConnectionEvent) + Send + Sync + 'static) -> Self {
-        self.on(None, hook)
-    }
-
-    fn on(
-        mut self,
-        row: Option<&'static str>,
-        hook: impl Fn(&ConnectionEvent) + Send + Sync + 'static,
-    ) -> Self {
-        self.hooks.push((row, Box::new(hook)));
-        self
-    }
 }
 
 hooks! {
+    connections, ConnectionEvent;
+    /// Called for every event of a connection.
+    on_event => None,
     /// Called when an outbound attempt begins.
-    on_attempt => "AttemptStarted",
+    on_attempt => Some("AttemptStarted"),
     /// Called when a name look-up begins.
-    on_dns_start => "DnsStart",
+    on_dns_start => Some("DnsStart"),
     /// Called when a name look-up ends.
-    on_dns_done => "DnsDone",
+    on_dns_done => Some("DnsDone"),
     /// Called when connecting to one address begins.
-    on_connect_start => "ConnectStart",
+    on_connect_start => Some("ConnectStart"),
     /// Called when connecting to one address ends.
-    on_connect_done => "ConnectDone",
+    on_connect_done => Some("ConnectDone"),
     /// Called when a TLS handshake begins.
-    on_tls_handshake_start => "TlsHandshakeStart",
+    on_tls_handshake_start => Some("TlsHandshakeStart"),
     /// Called when a TLS handshake ends.
-    on_tls_handshake_done => "TlsHandshakeDone",
+    on_tls_handshake_done => Some("TlsHandshakeDone"),
     /// Called when an outbound connection is usable.
-    on_established => "Established",
+    on_established => Some("Established"),
     /// Called when an outbound attempt failed.
-    on_setup_failed => "SetupFailed",
+    on_setup_failed => Some("SetupFailed"),
     /// Called when a listener accepted a connection.
-    on_accepted => "Accepted",
+    on_accepted => Some("Accepted"),
     /// Called when an open connection's state changes.
-    on_state_changed => "StateChanged",
+    on_state_changed => Some("StateChanged"),
     /// Called when `accept` failed.
-    on_accept_error => "AcceptError",
+    on_accept_error => Some("AcceptError"),
     /// Called when a connection was turned away.
-    on_rejected => "Rejected",
+    on_rejected => Some("Rejected"),
     /// Called when a connection is closed.
-    on_closed => "Closed",
+    on_closed => Some("Closed"),
+}
+
+hooks! {
+    pools, PoolEvent;
+    /// Called for every event of a pool.
+    on_pool_event => None,
+    /// Called when a request asks for a connection.
+    on_get_conn => Some("GetConn"),
+    /// Called when a request has a connection.
+    on_got_conn => Some("GotConn"),
+    /// Called when a request enters the queue for an idle connection.
+    on_idle_conn_wait_in => Some("IdleConnWaitIn"),
+    /// Called when a request leaves the queue for an idle connection.
+    on_idle_conn_wait_out => Some("IdleConnWaitOut"),
+    /// Called when a request enters the queue for a connection slot.
+    on_conns_per_host_wait_in => Some("ConnsPerHostWaitIn"),
+    /// Called when a request leaves the queue for a connection slot.
+    on_conns_per_host_wait_out => Some("ConnsPerHostWaitOut"),
+    /// Called when a request is turned away because too many wait.
+    on_queue_full => Some("QueueFull"),
+    /// Called when a connection enters the idle list.
+    on_idle_conn_in => Some("IdleConnIn"),
+    /// Called when a connection leaves the idle list.
+    on_idle_conn_out => Some("IdleConnOut"),
+    /// Called when a freed connection goes straight to a waiting request.
+    on_conn_reused => Some("ConnReused"),
+    /// Called when a request is done with its connection.
+    on_put_idle_conn => Some("PutIdleConn"),
+    /// Called when `max_idle_conns` is hit.
+    on_max_idle_conns_hit => Some("MaxIdleConnsHit"),
+    /// Called when `max_idle_conns_per_host` is hit.
+    on_max_idle_conns_per_host_hit => Some("MaxIdleConnsPerHostHit"),
+    /// Called when `max_conns_per_host` is hit.
+    on_max_conns_per_host_hit => Some("MaxConnsPerHostHit"),
+    /// Called when the first bytes of a request were written. HTTP/1 only.
+    on_wrote_headers => Some("WroteHeaders"),
+    /// Called when a whole request was written and flushed. HTTP/1 only.
+    on_wrote_request => Some("WroteRequest"),
+    /// Called for an informational response other than 100 and 101. HTTP/1 only.
+    on_got_1xx_response => Some("Got1xxResponse"),
+    /// Called when the server asks for the body. HTTP/1 only.
+    on_got_100_continue => Some("Got100Continue"),
+    /// Called when the first byte of a response came; on HTTP/2, its head.
+    on_got_first_response_byte => Some("GotFirstResponseByte"),
+}
+
+fn call<E>(rows: &Rows<E>, name: &str, event: &E) {
+    for (row, hook) in rows {
+        if row.is_none_or(|row| row == name) {
+            hook(event);
+        }
+    }
 }
 
 impl Observer for Hooks {
     fn on_connection_event(&self, event: &ConnectionEvent) {
-        let name = event.kind.name();
-        for (row, hook) in &self.hooks {
-            if row.is_none_or(|row| row == name) {
-                hook(event);
-            }
-        }
+        call(&self.connections, event.kind.name(), event);
+    }
+
+    fn on_pool_event(&self, event: &PoolEvent) {
+        call(&self.pools, event.kind.name(), event);
     }
 }
 
 impl fmt::Debug for Hooks {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let connections = self.connections.iter().map(|(row, _)| row);
+        let pools = self.pools.iter().map(|(row, _)| row);
         f.debug_list()
-            .entries(self.hooks.iter().map(|(row, _)| row.unwrap_or("*")))
+            .entries(connections.chain(pools).map(|row| row.unwrap_or("*")))
             .finish()
     }
 }
@@ -299,14 +344,14 @@ impl fmt::Debug for Composed {
 /// The sending side of [`channel`]: an [`Observer`].
 #[derive(Clone, Debug)]
 pub struct ChannelObserver {
-    sender: mpsc::Sender<ConnectionEvent>,
+    sender: mpsc::Sender<Event>,
     lost: Arc<AtomicU64>,
 }
 
 /// The receiving side of [`channel`].
 #[derive(Debug)]
 pub struct EventReceiver {
-    receiver: mpsc::Receiver<ConnectionEvent>,
+    receiver: mpsc::Receiver<Event>,
     lost: Arc<AtomicU64>,
 }
 
@@ -328,8 +373,8 @@ pub struct EventReceiver {
 /// # }).await;
 /// # assert!(failed.is_err());
 /// while let Some(event) = events.recv().await {
-///     println!("{} {}", event.sequence, event.kind.name());
-///     # if event.kind.name() == "SetupFailed" { break }
+///     println!("{}", event.row());
+///     # if event.row() == "SetupFailed" { break }
 /// }
 /// # Ok(())
 /// # }
@@ -346,15 +391,25 @@ pub fn channel(capacity: usize) -> (ChannelObserver, EventReceiver) {
     )
 }
 
-impl Observer for ChannelObserver {
-    fn on_connection_event(&self, event: &ConnectionEvent) {
+impl ChannelObserver {
+    fn send(&self, event: impl FnOnce() -> Event) {
         // Reserve first: an event that has no place is not even cloned.
         match self.sender.try_reserve() {
-            Ok(place) => place.send(event.clone()),
+            Ok(place) => place.send(event()),
             Err(_) => {
                 self.lost.fetch_add(1, Ordering::Relaxed);
             }
         }
+    }
+}
+
+impl Observer for ChannelObserver {
+    fn on_connection_event(&self, event: &ConnectionEvent) {
+        self.send(|| Event::Connection(event.clone()));
+    }
+
+    fn on_pool_event(&self, event: &PoolEvent) {
+        self.send(|| Event::Pool(event.clone()));
     }
 
     fn lost(&self) -> u64 {
@@ -364,12 +419,12 @@ impl Observer for ChannelObserver {
 
 impl EventReceiver {
     /// The next event; none once every sender is gone. Cancel-safe: no event is lost.
-    pub async fn recv(&mut self) -> Option<ConnectionEvent> {
+    pub async fn recv(&mut self) -> Option<Event> {
         self.receiver.recv().await
     }
 
     /// The next event if one is there.
-    pub fn try_recv(&mut self) -> Option<ConnectionEvent> {
+    pub fn try_recv(&mut self) -> Option<Event> {
         self.receiver.try_recv().ok()
     }
 

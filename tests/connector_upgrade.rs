@@ -59,7 +59,11 @@ async fn echo() -> SocketAddr {
 
 async fn closed(events: &mut EventReceiver) -> (ConnectionState, bool) {
     loop {
-        let event = events.recv().await.expect("it is closed one day");
+        let event = events
+            .recv()
+            .await
+            .and_then(otel_conntrack::Event::connection);
+        let event = event.expect("it is closed one day");
         if let ConnectionEventKind::Closed {
             from,
             with_active_requests,

@@ -30,7 +30,7 @@ fn a_full_channel_drops_and_counts_and_keeps_what_came_first() {
     assert_eq!((few.lost(), one.lost()), (7, 9));
     assert_eq!(conntrack.stats().dropped.channel_items, 7 + 9 + 10);
     let mut sequences = || {
-        std::iter::from_fn(|| few.try_recv())
+        std::iter::from_fn(|| few.try_recv()?.connection())
             .map(|e| e.sequence)
             .collect::<Vec<_>>()
     };
@@ -38,7 +38,7 @@ fn a_full_channel_drops_and_counts_and_keeps_what_came_first() {
     // There is room again.
     drop(accept(&conntrack, "http"));
     assert_eq!(sequences(), [11, 12]);
-    assert_eq!(one.try_recv().unwrap().sequence, 1);
+    assert_eq!(one.try_recv().unwrap().connection().unwrap().sequence, 1);
     assert_eq!(conntrack.stats().dropped.channel_items, 7 + 9 + 10 + 2 + 2);
     assert_eq!(
         conntrack.stats().dropped.events,

@@ -54,7 +54,10 @@ async fn stats_connections_and_events_serialise_with_their_stable_words() {
 
     drop((client, server));
     let mut words = Vec::new();
-    while let Some(event) = events.try_recv() {
+    while let Some(event) = events
+        .try_recv()
+        .and_then(otel_conntrack::Event::connection)
+    {
         let event = serde_json::to_value(event).unwrap();
         words.push(event["kind"]["event"].as_str().unwrap().to_owned());
     }

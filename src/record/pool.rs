@@ -307,6 +307,12 @@ impl PoolStats {
         stats
     }
 
+    /// Every event with every reason that it can have.
+    #[cfg_attr(not(feature = "otel"), allow(dead_code))]
+    pub(crate) fn rows() -> impl Iterator<Item = (&'static str, Option<&'static str>)> {
+        Row::all().map(|(_, event, reason)| (event, reason))
+    }
+
     /// How often an event happened, such as `IdleConnIn`, over all hosts and reasons.
     pub fn event(&self, name: &str) -> u64 {
         self.hosts

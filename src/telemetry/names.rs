@@ -33,10 +33,21 @@ attributes! {
     BYTES_WRITTEN = "conntrack.connection.bytes_written": "bytes written to it, on the layer that was wrapped";
     TIMELINE_DROPPED = "conntrack.timeline.dropped": "moments between the first and the last that were not kept";
     DIRECTION = "conntrack.direction": "`inbound` (accepted) or `outbound` (opened)";
-    NAME = "conntrack.name": "the name of the listener, dialer or connector";
+    NAME = "conntrack.name": "the name of the listener, dialer, connector or transport";
     INSTANCE = "conntrack.instance": "which `Conntrack` of the process, from 0; on the instrumentation scope";
     DROPPED_ITEM = "conntrack.dropped.item": "what was dropped: `span`, `metric_export`, `event`, `channel`, `label_set`, `name`, `phase`, `observer_panic`, `sink_panic`";
-    REASON = "conntrack.reason": "why: a close, accept or reject reason";
+    REASON = "conntrack.reason": "why: a close, accept or reject reason; of a pool event the wait's outcome, the close reason, `reused` or `new`";
+    POOL_EVENT = "conntrack.event": "what happened in the pool, such as `IdleConnIn`";
+    POOL_LIMIT = "conntrack.limit": "which limit: `max_conns_per_host`, `max_idle_conns`, `max_idle_conns_per_host`, `max_waiters`";
+    POOL_LIMIT_VALUE = "conntrack.limit.value": "what the limit is";
+    POOL_ACTIVE = "conntrack.pool.active": "connections of the host that requests had";
+    POOL_IDLE = "conntrack.pool.idle": "connections that no request had: the host's, or for `max_idle_conns` all";
+    POOL_DIALING = "conntrack.pool.dialing": "dials to the host that were under way";
+    POOL_WAITING = "conntrack.pool.waiting": "requests that waited for a connection to the host, this one included";
+    WAIT_OUTCOME = "conntrack.wait.outcome": "how the wait ended: `delivered_idle`, `delivered_new`, `shared_h2`, `timed_out`, `cancelled`, `dial_failed`, `pool_closed`; `slot_freed` for the queue for a slot alone";
+    WAIT_REASON = "conntrack.wait.reason": "why it waited: `no_idle_connection`, `shared_dial`, `max_conns_per_host`";
+    WAIT_DEPTH = "conntrack.wait.queue_depth": "how many requests to the host waited when this one began to, itself included";
+    LINK_KIND = "conntrack.link": "on a link of a wait: `setup` (what it waited for) or `holder` (a request that held a connection)";
     IO_LAYER = "conntrack.io.layer": "`wire` (ciphertext if TLS runs above) or `plaintext`";
     IO_DIRECTION = "conntrack.io.direction": "`read` or `written`, as seen from this process";
     ERROR_TYPE = "error.type": "why it failed; never set on success";
@@ -168,6 +179,21 @@ pub const SPANS: &[SpanName] = &[
         ],
     },
     SpanName {
+        name: "wait_for_connection {server.address}:{server.port}",
+        meaning: "child of the *caller's* span, when a request had to wait for a connection; links to the set-up that it waited for, also a failed one, and after a limit hit to up to 8 requests that held the connections, sampled ones first",
+        attributes: &[
+            NAME,
+            SERVER_ADDRESS,
+            SERVER_PORT,
+            URL_SCHEME,
+            WAIT_OUTCOME,
+            WAIT_REASON,
+            WAIT_DEPTH,
+            LINK_KIND,
+            ERROR_TYPE,
+        ],
+    },
+    SpanName {
         name: CHECKPOINT,
         meaning: "child of the set-up, for a connection that is open for longer than the checkpoint interval: the totals so far",
         attributes: &[
@@ -193,6 +219,9 @@ pub const CHECKPOINT: &str = "connection checkpoint";
 /// The event on the caller's span when its request has a connection.
 pub const ACQUIRED: &str = "connection.acquired";
 
+/// The event on the span of a wait that a limit was the reason for.
+pub const MAX_CONNS_PER_HOST_HIT: &str = "MaxConnsPerHostHit";
+
 /// Every span event.
 pub const EVENTS: &[SpanName] = &[
     SpanName {
@@ -205,6 +234,22 @@ pub const EVENTS: &[SpanName] = &[
         meaning: "on the `connection` span: its timeline, the first 24 and the last 24 moments",
         attributes: &[],
     },
+    SpanName {
+        name: "MaxIdleConnsHit, MaxIdleConnsPerHostHit",
+        meaning: "on the `connection` span of the connection that is closed for it",
+        attributes: &[POOL_LIMIT_VALUE, POOL_IDLE],
+    },
+    SpanName {
+        name: MAX_CONNS_PER_HOST_HIT,
+        meaning: "on the `wait_for_connection` span of the request that found no slot",
+        attributes: &[
+            POOL_LIMIT_VALUE,
+            POOL_ACTIVE,
+            POOL_IDLE,
+            POOL_DIALING,
+            POOL_WAITING,
+        ],
+    },
 ];
 
 /// How a metric is made.
@@ -214,6 +259,10 @@ pub enum Instrument {
     Counter,
     /// Observable up-down counter: a gauge that may be summed.
     UpDownCounter,
+    /// Observable gauge of whole numbers: not to be summed.
+    Gauge,
+    /// Observable gauge of seconds.
+    Seconds,
     /// Histogram with the given bounds.
     Histogram(&'static [f64]),
 }
@@ -224,6 +273,7 @@ impl Instrument {
         match self {
             Self::Counter => "observable counter",
             Self::UpDownCounter => "observable up-down counter",
+            Self::Gauge | Self::Seconds => "observable gauge",
             Self::Histogram(_) => "histogram",
         }
     }
@@ -277,7 +327,7 @@ macro_rules! metrics {
     };
 }
 
-use Instrument::{Counter, Histogram, UpDownCounter};
+use Instrument::{Counter, Gauge, Histogram, Seconds, UpDownCounter};
 
 metrics! {
     OPEN_CONNECTIONS = "http.client.open_connections", UpDownCounter, "{connection}",
@@ -286,6 +336,12 @@ metrics! {
     CONNECTION_DURATION = "http.client.connection.duration", Histogram(LONG), "s",
         "How long outbound HTTP connections were open; recorded at the close.",
         &[SERVER_ADDRESS, SERVER_PORT, URL_SCHEME, PROTOCOL_VERSION];
+    ACTIVE_REQUESTS = "http.client.active_requests", UpDownCounter, "{request}",
+        "Requests of transports that wait for a connection or have one.",
+        &[SERVER_ADDRESS, SERVER_PORT, URL_SCHEME];
+    TIME_IN_QUEUE = "http.client.request.time_in_queue", Histogram(SHORT), "s",
+        "How long requests of transports waited for a connection; only those that waited.",
+        &[SERVER_ADDRESS, SERVER_PORT, URL_SCHEME, WAIT_OUTCOME];
     CONNECTIONS = "conntrack.connections", UpDownCounter, "{connection}",
         "Connections that are open.",
         &[DIRECTION, NAME];
@@ -325,6 +381,21 @@ metrics! {
     IO = "conntrack.connection.io", Counter, "By",
         "Bytes read and written.",
         &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT, IO_DIRECTION, IO_LAYER];
+    POOL_WAITING_NOW = "conntrack.pool.waiting", Gauge, "{request}",
+        "Requests that wait for a connection.",
+        &[NAME, SERVER_ADDRESS, SERVER_PORT, URL_SCHEME];
+    POOL_WAITING_MAX = "conntrack.pool.waiting.max", Gauge, "{request}",
+        "The most requests that waited at a time, in this minute or the one before.",
+        &[NAME, SERVER_ADDRESS, SERVER_PORT, URL_SCHEME];
+    POOL_OLDEST_WAIT = "conntrack.pool.oldest_wait", Seconds, "s",
+        "How long the first in the queue has waited.",
+        &[NAME, SERVER_ADDRESS, SERVER_PORT, URL_SCHEME];
+    POOL_LIMITS = "conntrack.pool.limit", Gauge, "{connection}",
+        "What a pool is held to; a limit that is not set is not there.",
+        &[NAME, POOL_LIMIT];
+    POOL_EVENTS = "conntrack.pool.events", Counter, "{event}",
+        "What happened in pools: waits, reuse, idle connections coming and going, limits hit.",
+        &[NAME, SERVER_ADDRESS, SERVER_PORT, URL_SCHEME, POOL_EVENT, REASON];
     LISTENER_ACCEPTED = "conntrack.listener.accepted", Counter, "{connection}",
         "Inbound connections that were accepted.",
         &[NAME];

@@ -5,7 +5,8 @@
 //! - the **set-up** span, a root, written when the connection is usable or has failed, with its
 //!   phases as children;
 //! - the **life** span, its child, written at the close, once; at shutdown for what is still open;
-//! - **checkpoint** spans, its children, for what stays open for long.
+//! - **checkpoint** spans, its children, for what stays open for long;
+//! - **wait** spans, children of a request's own span, for those that had to wait.
 //!
 //! What a sampler may want to know (which connection, its totals, how it ended) is given at the
 //! start; what only describes (addresses, TLS, the timeline) is added to spans that record. A
@@ -17,13 +18,15 @@ use std::time::Duration;
 
 use opentelemetry::global::{BoxedSpan, BoxedTracer};
 use opentelemetry::trace::{
-    Span as _, SpanBuilder, SpanKind, Status, TraceContextExt, Tracer as _,
+    Link, Span as _, SpanBuilder, SpanKind, Status, TraceContextExt, Tracer as _,
 };
 use opentelemetry::{Array, Context, KeyValue, StringValue, Value};
 
-use crate::event::{Direction, Endpoint, FailureReason};
+use crate::event::{Direction, Endpoint, FailureReason, Target, TraceRef, WaitOutcome};
 use crate::record::connection::{Connection, Phase, PhaseKind};
+use crate::record::pool::Waited;
 use crate::record::recorder::Sink;
+use crate::record::timeline::Moment;
 use crate::telemetry::caller::{span_context, trace_ref};
 use crate::telemetry::names;
 
@@ -153,11 +156,85 @@ impl SpanWriter {
                 }
                 for entry in timeline.entries() {
                     let at = connection.wall(entry.at);
-                    span.add_event_with_timestamp(entry.moment.as_str(), at, Vec::new());
+                    let facts = match entry.moment {
+                        Moment::LimitHit { max, idle, .. } => vec![
+                            KeyValue::new(names::POOL_LIMIT_VALUE, max as i64),
+                            KeyValue::new(names::POOL_IDLE, idle as i64),
+                        ],
+                        _ => Vec::new(),
+                    };
+                    span.add_event_with_timestamp(entry.moment.as_str(), at, facts);
                 }
             },
         );
         true
+    }
+
+    /// Writes the span of a wait, as a child of the span of the request that waited.
+    fn wait(&self, context: &Context, waited: &Waited<'_>) {
+        let wait = waited.wait;
+        let target = &wait.key.target;
+        let mut name = String::from("wait_for_connection ");
+        target.push_to(&mut name);
+        let mut attributes = vec![
+            KeyValue::new(names::NAME, string(&waited.scope.name)),
+            KeyValue::new(names::WAIT_OUTCOME, wait.outcome.as_str()),
+            KeyValue::new(names::WAIT_REASON, wait.reason.as_str()),
+            KeyValue::new(names::WAIT_DEPTH, wait.depth as i64),
+        ];
+        attributes.extend(server(target));
+        let error = match (waited.error, wait.outcome) {
+            (Some(reason), _) => Some(reason.as_str()),
+            (None, WaitOutcome::TimedOut) => Some(FailureReason::TimedOut.as_str()),
+            (None, WaitOutcome::Cancelled) => Some(FailureReason::Cancelled.as_str()),
+            (None, WaitOutcome::PoolClosed | WaitOutcome::DialFailed) => {
+                Some(wait.outcome.as_str())
+            }
+            _ => None,
+        };
+        if let Some(error) = error {
+            attributes.push(KeyValue::new(names::ERROR_TYPE, error));
+        }
+        let link = |trace: &TraceRef, kind: &'static str| {
+            let attributes = vec![KeyValue::new(names::LINK_KIND, kind)];
+            Link::new(span_context(trace), attributes, 0)
+        };
+        // A link to a span that nobody has leads nowhere.
+        let sampled = |trace: &&TraceRef| trace.sampled;
+        let mut links: Vec<_> = waited
+            .setup
+            .iter()
+            .filter(sampled)
+            .map(|trace| link(trace, "setup"))
+            .collect();
+        if let Some(hit) = &wait.hit {
+            let holders = hit.held_by.iter().map(|trace| link(trace, "holder"));
+            links.extend(holders);
+        }
+        // On the wall clock of its end, so that it lies within its parent.
+        let from = waited.until - waited.took;
+        let span = SpanBuilder::from_name(name)
+            .with_kind(SpanKind::Internal)
+            .with_start_time(from)
+            .with_attributes(attributes)
+            .with_links(links);
+        let mut span = self.tracer.build_with_context(span, context);
+        if let Some(error) = error {
+            span.set_status(Status::error(error));
+        }
+        if let Some(hit) = &wait.hit {
+            let at = from + hit.at.mono.saturating_sub(wait.since.mono);
+            let facts = [
+                (names::POOL_LIMIT_VALUE, hit.limit),
+                (names::POOL_ACTIVE, hit.active),
+                (names::POOL_IDLE, hit.idle),
+                (names::POOL_DIALING, hit.dialing),
+                (names::POOL_WAITING, hit.waiting),
+            ];
+            let facts = facts.map(|(key, n)| KeyValue::new(key, n as i64)).to_vec();
+            span.add_event_with_timestamp(names::MAX_CONNS_PER_HOST_HIT, at, facts);
+        }
+        span.end_with_timestamp(waited.until);
     }
 
     /// Writes the life span of a connection that is still open, at shutdown.
@@ -242,6 +319,13 @@ impl Sink for SpanWriter {
             .map_or_else(|| connection.elapsed(), |close| close.at);
         self.life(connection, at);
     }
+
+    fn waited(&self, waited: &Waited<'_>) {
+        let context = waited.caller.and_then(|any| any.downcast_ref::<Context>());
+        if let Some(context) = context.filter(|_| waited.scope.spans()) {
+            self.wait(context, waited);
+        }
+    }
 }
 
 fn builder(
@@ -279,16 +363,22 @@ fn identity(connection: &Connection) -> Vec<KeyValue> {
         KeyValue::new(names::NAME, string(&connection.scope.name)),
         KeyValue::new(names::DIRECTION, connection.scope.direction.as_str()),
     ]);
-    if let Some(target) = &connection.target {
-        attributes.push(KeyValue::new(names::SERVER_ADDRESS, string(&target.host)));
-        if let Some(port) = target.port {
-            attributes.push(KeyValue::new(names::SERVER_PORT, i64::from(port)));
-        }
-        if let Some(scheme) = &target.scheme {
-            attributes.push(KeyValue::new(names::URL_SCHEME, string(scheme)));
-        }
-    }
+    attributes.extend(connection.target.iter().flat_map(server));
     attributes
+}
+
+/// What was asked for.
+fn server(target: &Target) -> impl Iterator<Item = KeyValue> {
+    let address = KeyValue::new(names::SERVER_ADDRESS, string(&target.host));
+    let port = target.port.map(i64::from);
+    let scheme = target.scheme.as_ref();
+    [
+        Some(address),
+        port.map(|port| KeyValue::new(names::SERVER_PORT, port)),
+        scheme.map(|scheme| KeyValue::new(names::URL_SCHEME, string(scheme))),
+    ]
+    .into_iter()
+    .flatten()
 }
 
 /// Where it goes from and to. Spans only: addresses are no labels for metrics.

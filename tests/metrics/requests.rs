@@ -81,7 +81,7 @@ async fn a_pools_connections_are_active_then_idle_then_gone() {
     drop(client);
     let mut closed = 0;
     while closed < 2 {
-        let event = events.recv().await.unwrap();
+        let event = events.recv().await.unwrap().connection().unwrap();
         closed += usize::from(matches!(event.kind, ConnectionEventKind::Closed { .. }));
     }
     let now = reader.collect();

@@ -54,7 +54,9 @@ impl Events {
     pub async fn next(&mut self) -> ConnectionEvent {
         tokio::select! {
             biased;
-            event = self.receiver.recv() => event.expect("its sources are still there"),
+            event = self.receiver.recv() => {
+                event.and_then(otel_conntrack::Event::connection).expect("its sources are still there")
+            }
             _ = &mut self.late => panic!("this event never comes"),
         }
     }
@@ -82,7 +84,7 @@ impl Events {
 
     /// The lines of what is there now.
     pub fn lines(&mut self) -> Vec<String> {
-        std::iter::from_fn(|| self.receiver.try_recv())
+        std::iter::from_fn(|| self.receiver.try_recv()?.connection())
             .map(|event| line(&event))
             .collect()
     }

@@ -10,6 +10,7 @@ use opentelemetry::metrics::{Histogram, Meter};
 use super::labels::{Admitted, Host, Labels};
 use crate::event::{Direction, FailureReason, ProtocolVersion};
 use crate::record::connection::{Connection, Phase, PhaseKind};
+use crate::record::pool::Waited;
 use crate::record::recorder::{OTHER, Sink};
 use crate::record::scope::is_folded;
 use crate::record::stats::Drops;
@@ -27,6 +28,7 @@ pub(crate) struct Histograms {
     tls: Bounded,
     idle_time: Bounded,
     requests: Bounded,
+    time_in_queue: Bounded,
 }
 
 /// One histogram on every meter, with a bound on its label sets.
@@ -117,6 +119,7 @@ impl Histograms {
             tls: new(&names::TLS_DURATION),
             idle_time: new(&names::IDLE_TIME),
             requests: new(&names::CONNECTION_REQUEST_COUNT),
+            time_in_queue: new(&names::TIME_IN_QUEUE),
         }
     }
 
@@ -223,6 +226,33 @@ impl Sink for Histograms {
                 PhaseKind::Tls { .. } => self.record(&self.tls, key, took, labels),
             }
         }
+    }
+
+    fn waited(&self, waited: &Waited<'_>) {
+        let (scope, wait) = (waited.scope, waited.wait);
+        if !scope.metrics() {
+            return;
+        }
+        let by_outcome = Key {
+            scope: scope.ordinal,
+            slot: wait.host,
+            fact: wait.outcome.index() as u16,
+        };
+        self.record(
+            &self.time_in_queue,
+            by_outcome,
+            waited.took.as_secs_f64(),
+            || {
+                let host = if is_folded(wait.host) {
+                    Host::other()
+                } else {
+                    Host::with_scheme(&wait.key.target)
+                };
+                Labels::default()
+                    .host(Some(host))
+                    .fact(names::WAIT_OUTCOME, wait.outcome.as_str())
+            },
+        );
     }
 
     fn closed(&self, connection: &Connection) {

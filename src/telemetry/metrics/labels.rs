@@ -127,6 +127,12 @@ impl Sums {
     pub(super) fn add(&mut self, labels: Labels, n: u64) {
         *self.0.entry(labels).or_default() += n;
     }
+
+    /// For what is no sum: the largest counts.
+    pub(super) fn most(&mut self, labels: Labels, n: u64) {
+        let most = self.0.entry(labels).or_default();
+        *most = n.max(*most);
+    }
 }
 
 /// The label sets that an instrument has reported: they keep their place.

@@ -9,9 +9,10 @@ use opentelemetry::metrics::Meter;
 
 use super::labels::{Admitted, Host, Labels, Sums};
 use crate::event::{Direction, IoLayer, ProtocolVersion};
+use crate::record::pool::{PoolHostStats, PoolStats};
 use crate::record::stats::{ScopeStats, Stats};
 use crate::record::{Recorder, lock};
-use crate::telemetry::names::{self, Metric};
+use crate::telemetry::names::{self, Instrument, Metric};
 
 type Read = fn(&Stats, &mut Sums);
 
@@ -69,8 +70,102 @@ const OBSERVABLES: &[(&Metric, Read)] = &[
             }
         });
     }),
+    (&names::ACTIVE_REQUESTS, |stats, sums| {
+        for (_, host) in pool_hosts(stats) {
+            let requests = host.in_use + host.waiting;
+            sums.add(Labels::default().host(server(host)), requests);
+        }
+    }),
+    (&names::POOL_WAITING_NOW, |stats, sums| {
+        each_pool(stats, |labels| sums.add(labels, 0));
+        for (pool, host) in pool_hosts(stats) {
+            sums.add(Labels::name(&pool.name).host(server(host)), host.waiting);
+        }
+    }),
+    (&names::POOL_WAITING_MAX, |stats, sums| {
+        each_pool(stats, |labels| sums.most(labels, 0));
+        for (pool, host) in pool_hosts(stats) {
+            let labels = Labels::name(&pool.name).host(server(host));
+            sums.most(labels, host.waiting_max);
+        }
+    }),
+    (&names::POOL_OLDEST_WAIT, |stats, sums| {
+        each_pool(stats, |labels| sums.most(labels, 0));
+        for (pool, host) in pool_hosts(stats) {
+            let labels = Labels::name(&pool.name).host(server(host));
+            let nanos = u64::try_from(host.oldest_wait.as_nanos()).unwrap_or(u64::MAX);
+            sums.most(labels, nanos);
+        }
+    }),
+    (&names::POOL_LIMITS, |stats, sums| {
+        for pool in pools(stats) {
+            let limits = &pool.limits;
+            for (name, limit) in [
+                ("max_conns_per_host", limits.max_conns_per_host),
+                ("max_idle_conns", limits.max_idle_conns),
+                ("max_idle_conns_per_host", limits.max_idle_conns_per_host),
+                ("max_waiters", limits.max_waiters),
+            ] {
+                if let Some(limit) = limit {
+                    let labels = Labels::name(&pool.name).fact(names::POOL_LIMIT, name);
+                    sums.most(labels, limit as u64);
+                }
+            }
+        }
+    }),
+    (&names::POOL_EVENTS, pool_events),
     (&names::DROPPED, dropped),
 ];
+
+/// The pools that take part.
+fn pools(stats: &Stats) -> impl Iterator<Item = &PoolStats> {
+    stats.pools.iter().filter(|pool| pool.metrics)
+}
+
+/// A pool's name stands in the code, so its zeros are there from the start.
+fn each_pool(stats: &Stats, f: impl FnMut(Labels)) {
+    pools(stats)
+        .map(|pool| Labels::name(&pool.name))
+        .for_each(f);
+}
+
+/// The hosts of pools that have anything now: gauges of others disappear.
+fn pool_hosts(stats: &Stats) -> impl Iterator<Item = (&PoolStats, &PoolHostStats)> {
+    pools(stats)
+        .flat_map(|pool| pool.hosts.iter().map(move |host| (pool, host)))
+        .filter(|(_, host)| {
+            host.active + host.idle + host.dialing + host.in_use + host.waiting_max > 0
+        })
+}
+
+fn server(host: &PoolHostStats) -> Option<Host> {
+    Some(
+        host.target
+            .as_ref()
+            .map_or_else(Host::other, Host::with_scheme),
+    )
+}
+
+fn pool_events(stats: &Stats, sums: &mut Sums) {
+    let event = |labels: Labels, event, reason: Option<&'static str>| {
+        let labels = labels.fact(names::POOL_EVENT, event);
+        match reason {
+            Some(reason) => labels.fact(names::REASON, reason),
+            None => labels,
+        }
+    };
+    for pool in pools(stats) {
+        for (name, reason) in PoolStats::rows() {
+            sums.add(event(Labels::name(&pool.name), name, reason), 0);
+        }
+        for host in &pool.hosts {
+            for (name, reason, n) in host.events().filter(|(.., n)| *n > 0) {
+                let labels = Labels::name(&pool.name).host(server(host));
+                sums.add(event(labels, name, reason), n);
+            }
+        }
+    }
+}
 
 /// The scopes that take part.
 fn scopes(stats: &Stats) -> impl Iterator<Item = &ScopeStats> {
@@ -214,7 +309,7 @@ fn observe_with(meter: &Meter, recorder: &Recorder, most_folded: &Arc<[AtomicU64
     for (index, (metric, read)) in OBSERVABLES.iter().enumerate() {
         let (shared, most_folded) = (shared.clone(), most_folded.clone());
         let admitted = Mutex::new(Admitted::default());
-        let counter = metric.instrument == names::Instrument::Counter;
+        let counter = metric.instrument == Instrument::Counter;
         let collect = move || {
             let stats = shared.snapshot(index);
             let mut sums = Sums::default();
@@ -240,28 +335,28 @@ fn observe_with(meter: &Meter, recorder: &Recorder, most_folded: &Arc<[AtomicU64
         // A panic here would end the SDK's reader thread for good.
         let collect =
             move || catch_unwind(AssertUnwindSafe(&collect)).unwrap_or_else(|_| BTreeMap::new());
-        if counter {
-            let _ = meter
-                .u64_observable_counter(metric.name)
-                .with_unit(metric.unit)
-                .with_description(metric.description)
-                .with_callback(move |observer| {
-                    for (labels, n) in collect() {
-                        observer.observe(n, &labels.attributes());
-                    }
-                })
-                .build();
-        } else {
-            let _ = meter
-                .i64_observable_up_down_counter(metric.name)
-                .with_unit(metric.unit)
-                .with_description(metric.description)
-                .with_callback(move |observer| {
-                    for (labels, n) in collect() {
-                        observer.observe(n as i64, &labels.attributes());
-                    }
-                })
-                .build();
+        /// Builds one kind of instrument; `$value` makes its number of ours.
+        macro_rules! build {
+            ($builder:ident, $value:expr) => {{
+                let _ = meter
+                    .$builder(metric.name)
+                    .with_unit(metric.unit)
+                    .with_description(metric.description)
+                    .with_callback(move |observer| {
+                        for (labels, n) in collect() {
+                            observer.observe($value(n), &labels.attributes());
+                        }
+                    })
+                    .build();
+            }};
+        }
+        match metric.instrument {
+            Instrument::Counter => build!(u64_observable_counter, |n: u64| n),
+            Instrument::UpDownCounter => build!(i64_observable_up_down_counter, |n| n as i64),
+            Instrument::Gauge => build!(u64_observable_gauge, |n: u64| n),
+            Instrument::Seconds => build!(f64_observable_gauge, |n| n as f64 / 1e9),
+            // A histogram is recorded, not observed.
+            Instrument::Histogram(_) => {}
         }
     }
 }
