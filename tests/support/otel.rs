@@ -120,8 +120,13 @@ pub struct Series {
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Value {
+    /// Of a counter or a gauge.
     Sum(i64),
-    Histogram { count: u64, sum: f64 },
+    Seconds(f64),
+    Histogram {
+        count: u64,
+        sum: f64,
+    },
 }
 
 impl Collection {
@@ -178,6 +183,19 @@ impl Collection {
                     self.point(instance, row, point.attributes(), value);
                 }
             }
+            (names::Instrument::Gauge, AggregatedMetrics::U64(MetricData::Gauge(gauge))) => {
+                for point in gauge.data_points() {
+                    let value = i64::try_from(point.value()).expect("no number is that large");
+                    self.point(instance, row, point.attributes(), Value::Sum(value));
+                }
+            }
+            (names::Instrument::Seconds, AggregatedMetrics::F64(MetricData::Gauge(gauge))) => {
+                for point in gauge.data_points() {
+                    assert!(point.value() >= 0.0, "{}: {}", row.name, point.value());
+                    let value = Value::Seconds(point.value());
+                    self.point(instance, row, point.attributes(), value);
+                }
+            }
             _ => panic!("{} is not a {}", row.name, row.instrument.as_str()),
         }
     }
@@ -230,7 +248,7 @@ impl Collection {
         assert!(found.next().is_none(), "in more than one instance");
         match value {
             Value::Sum(value) => Some(value),
-            Value::Histogram { .. } => panic!("{} is a histogram", metric.name),
+            _ => panic!("{} is no sum", metric.name),
         }
     }
 
@@ -238,7 +256,7 @@ impl Collection {
     pub fn sum(&self, metric: &names::Metric, some: &[(&str, &str)]) -> i64 {
         let value = |(_, value)| match value {
             Value::Sum(value) => value,
-            Value::Histogram { .. } => panic!("{} is a histogram", metric.name),
+            _ => panic!("{} is no sum", metric.name),
         };
         self.matching(metric, some).map(value).sum()
     }
@@ -247,7 +265,7 @@ impl Collection {
     pub fn count(&self, metric: &names::Metric, some: &[(&str, &str)]) -> u64 {
         let count = |(_, value)| match value {
             Value::Histogram { count, .. } => count,
-            Value::Sum(_) => panic!("{} is no histogram", metric.name),
+            _ => panic!("{} is no histogram", metric.name),
         };
         self.matching(metric, some).map(count).sum()
     }
@@ -268,7 +286,7 @@ impl Collection {
     pub fn sums(&self) -> BTreeMap<Series, i64> {
         let sum = |(series, value): (&Series, &Value)| match value {
             Value::Sum(value) => Some((series.clone(), *value)),
-            Value::Histogram { .. } => None,
+            _ => None,
         };
         self.points.iter().filter_map(sum).collect()
     }
