@@ -42,6 +42,8 @@
 //!
 //! - **Already have OpenTelemetry?** [`Builder::tracer_provider`] and [`Builder::meter_provider`] with
 //!   [`Builder::build`]: nothing global is touched.
+//! - **A client with a pool that tells everything?** [`Conntrack::transport`]: limits, wait queues,
+//!   every event of Go's proposal for transport hooks, and who held what a slow request waited for.
 //! - **Another client?** [`Conntrack::connector`] wraps any tower connector, [`Dialer::connect`] opens
 //!   a tracked stream for any protocol, [`Dialer::track`] tracks any future that yields a stream.
 //! - **Another listener?** Implement [`Accept`] for it; or hand streams to
@@ -65,6 +67,7 @@
 //! |---|---|---|
 //! | `net` | yes | [`Listener`], [`Dialer`] |
 //! | `hyper` | yes | hyper's I/O traits, [`Connector`], [`RequestLayer`] |
+//! | `transport` | yes | [`Transport`], the pooling HTTP client |
 //! | `otlp` | yes | [`Builder::init`]: SDK, OTLP exporters, `tracing` subscriber |
 //! | `prometheus` | yes | the scrape endpoint and go-conntrack's names |
 //! | `otel` | by `otlp` | spans and metrics with your own providers |
@@ -77,7 +80,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 // Links in the overview point to items of features that may be off.
 #![cfg_attr(
-    not(all(feature = "net", feature = "hyper", feature = "prometheus")),
+    not(all(feature = "net", feature = "transport", feature = "prometheus")),
     allow(rustdoc::broken_intra_doc_links)
 )]
 

@@ -4,9 +4,13 @@
 //! `stats()` itself tells the truth is shown by `property.rs`. Each collection is also checked
 //! against the table of names, by `support::otel`.
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
-#![cfg(all(feature = "hyper", feature = "prometheus", feature = "tls"))]
+#![cfg(all(feature = "transport", feature = "prometheus", feature = "tls"))]
 
 mod support;
+
+#[path = "support/hostile.rs"]
+#[allow(dead_code, unreachable_pub)]
+mod hostile;
 
 #[path = "metrics/bounds.rs"]
 mod bounds;
@@ -14,6 +18,8 @@ mod bounds;
 mod meaning;
 #[path = "metrics/mishaps.rs"]
 mod mishaps;
+#[path = "metrics/pools.rs"]
+mod pools;
 #[path = "metrics/requests.rs"]
 mod requests;
 
@@ -121,6 +127,7 @@ fn deltas_add_up_to_the_totals_and_no_total_is_told_twice() {
                 }
                 // Up-down counters stay cumulative in either preference.
                 Value::Sum(value) => assert_eq!(total.get(series), Some(value), "{series:?}"),
+                Value::Seconds(_) => {}
                 Value::Histogram { count, .. } => {
                     *counts.entry(series.clone()).or_default() += count;
                 }
@@ -134,6 +141,7 @@ fn deltas_add_up_to_the_totals_and_no_total_is_told_twice() {
     for (series, value) in whole.collect().points() {
         match value {
             Value::Sum(_) if is_gauge(&series.metric) => {}
+            Value::Seconds(_) => {}
             Value::Sum(total) => assert_eq!(sums.get(series), Some(total), "{series:?}"),
             Value::Histogram { count, .. } => {
                 assert_eq!(counts.get(series), Some(count), "{series:?}");
@@ -144,7 +152,7 @@ fn deltas_add_up_to_the_totals_and_no_total_is_told_twice() {
 
 fn is_gauge(metric: &str) -> bool {
     let row = names::METRICS.iter().find(|row| row.name == metric);
-    row.is_some_and(|row| row.instrument == names::Instrument::UpDownCounter)
+    row.is_some_and(|row| row.instrument != names::Instrument::Counter)
 }
 
 #[test]

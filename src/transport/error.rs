@@ -3,7 +3,7 @@
 
 use std::any::Any;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http::{Request, Uri};
@@ -20,7 +20,8 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 /// seen it; [`take_request`](Self::take_request) gives it back where it was not sent.
 pub struct TransportError {
     kind: Box<Kind>,
-    request: Option<Box<dyn Any + Send>>,
+    /// In a mutex only because a request need not be `Sync`, and an error must.
+    request: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
 #[derive(Debug)]
@@ -99,7 +100,7 @@ impl TransportError {
                 sent: false,
                 retryable: false,
             }),
-            request: None,
+            request: Mutex::new(None),
         }
     }
 
@@ -123,7 +124,7 @@ impl TransportError {
     }
 
     pub(crate) fn with_request<B: Send + 'static>(mut self, request: Request<B>) -> Self {
-        self.request = Some(Box::new(request));
+        self.request = Mutex::new(Some(Box::new(request)));
         self
     }
 
@@ -195,10 +196,14 @@ impl TransportError {
     /// The request, where it was not sent and its body was not touched: to send it elsewhere, or
     /// later. `B` is the type of the body that it was sent with. Yields it once.
     pub fn take_request<B: Send + 'static>(&mut self) -> Option<Request<B>> {
-        match self.request.take()?.downcast() {
+        let held = self
+            .request
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
+        match held.take()?.downcast() {
             Ok(request) => Some(*request),
             Err(request) => {
-                self.request = Some(request);
+                *held = Some(request);
                 None
             }
         }

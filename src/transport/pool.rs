@@ -873,27 +873,25 @@ impl Pool {
         self.limit_hit(key, PoolLimit::MaxConnsPerHost, limit, who, None, now);
     }
 
-    /// Requests that hold connections of a key, sampled ones first.
+    /// Requests that hold a key's slots, by a connection or by a dial; sampled ones first.
     fn holders(&mut self, key: u32) -> Vec<TraceRef> {
-        let (mut sampled, mut others) = (Vec::new(), Vec::new());
+        let mut found = Vec::new();
         let mut next = self.keys[key as usize].active.front();
         for _ in 0..HOLDER_SCAN {
             let Some(conn) = next else { break };
             next = List::after(&mut self.conns, conn, |c| &mut c.of_key);
-            for trace in self.conns[conn as usize].holders.iter().filter_map(|h| h.1) {
-                let list = if trace.sampled {
-                    &mut sampled
-                } else {
-                    &mut others
-                };
-                if list.len() < HOLDERS {
-                    list.push(trace);
-                }
-            }
+            found.extend(self.conns[conn as usize].holders.iter().filter_map(|h| h.1));
         }
-        sampled.extend(others);
-        sampled.truncate(HOLDERS);
-        sampled
+        let mut next = self.keys[key as usize].waiting.front();
+        for _ in 0..HOLDER_SCAN {
+            let Some(waiter) = next else { break };
+            next = List::after(&mut self.waiters, waiter, |w| &mut w.of_key);
+            let w = &self.waiters[waiter as usize];
+            found.extend(w.asker.trace.filter(|_| w.dial.is_some()));
+        }
+        found.sort_by_key(|trace| !trace.sampled);
+        found.truncate(HOLDERS);
+        found
     }
 
     /// Gives the slots that are free to those who wait for one.

@@ -252,6 +252,16 @@ impl Collection {
         }
     }
 
+    /// The seconds of the one series with exactly these labels.
+    pub fn seconds(&self, metric: &names::Metric, exactly: &[(&str, &str)]) -> Option<f64> {
+        let exact = labels(exactly);
+        let mut found = self.matching(metric, exactly).filter(|(l, _)| **l == exact);
+        match found.next()? {
+            (_, Value::Seconds(seconds)) => Some(seconds),
+            _ => panic!("{} is not in seconds", metric.name),
+        }
+    }
+
     /// The sum over the series that have these labels among theirs.
     pub fn sum(&self, metric: &names::Metric, some: &[(&str, &str)]) -> i64 {
         let value = |(_, value)| match value {
