@@ -431,6 +431,11 @@ mod tls {
     use tokio::io::{AsyncRead, AsyncWrite};
     use tokio_rustls::client::TlsStream;
 
+    fn config(shell: &Shell) -> Arc<rustls::ClientConfig> {
+        let config = shell.settings.tls.clone();
+        config.unwrap_or_else(|| default_config(&[]))
+    }
+
     /// What the server chose.
     fn negotiated<T>(stream: &TlsStream<T>) -> Option<&[u8]> {
         stream.get_ref().1.alpn_protocol()
@@ -442,8 +447,7 @@ mod tls {
         attempt: &Attempt,
         plain: Plain,
     ) -> Result<Secured, DialError> {
-        let config = shell.settings.tls.clone();
-        let config = config.unwrap_or_else(|| default_config(&[]));
+        let config = config(shell);
         let host: Arc<str> = (*origin.host).into();
         let (stream, h2) = match plain {
             Plain::Tcp(tcp) => {
@@ -495,10 +499,7 @@ mod tls {
         plain: Plain,
     ) -> Result<Box<dyn crate::transport::io::Duplex>, DialError> {
         // A proxy is spoken to in HTTP/1.1.
-        let mut config = match &shell.settings.tls {
-            Some(config) => (**config).clone(),
-            None => (*default_config(&[])).clone(),
-        };
+        let mut config = (*config(shell)).clone();
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         let host = proxy.host();
         let io: Box<dyn crate::transport::io::Duplex> = match plain {
