@@ -14,7 +14,6 @@ use http_body::Body;
 use hyper::body::Incoming;
 
 use crate::event::{CloseReason, FailureReason, PoolEventKind, RequestId, TraceRef, WaitOutcome};
-use crate::observer::Observer;
 use crate::outbound::caller::Caller;
 use crate::outbound::client::protocol;
 use crate::record::Connection;
@@ -27,7 +26,7 @@ use crate::transport::key::KeyRef;
 use crate::transport::lease::{Held, Lease, Sender};
 use crate::transport::pool::{Asker, ConnIx};
 use crate::transport::proxy::Route;
-use crate::transport::shell::{Begun, Granted, Served, Shell, Ticket};
+use crate::transport::shell::{Begun, Granted, RequestObservers, Served, Shell, Ticket};
 
 /// How often a request is tried again of which nothing was sent: each try costs the pool a dead
 /// connection.
@@ -39,15 +38,17 @@ type Answer = Result<Response<ResponseBody>, TransportError>;
 struct Errand<'a> {
     shell: &'a Arc<Shell>,
     caller: &'a Caller,
-    hooks: Option<Arc<dyn Observer>>,
+    hooks: Option<RequestObservers>,
     uri: Uri,
     route: Route,
     request: Option<RequestId>,
+    /// It had a connection: its hooks are told of `PutIdleConn` and forgotten then.
+    granted: bool,
 }
 
 impl Drop for Errand<'_> {
     fn drop(&mut self) {
-        if let (Some(_), Some(request)) = (&self.hooks, self.request) {
+        if let (Some(_), Some(request), false) = (&self.hooks, self.request, self.granted) {
             self.shell.forget_hooks(request);
         }
     }
@@ -57,7 +58,7 @@ impl Drop for Errand<'_> {
 pub(crate) async fn send<B: Send + 'static>(
     shell: &Arc<Shell>,
     caller: &Caller,
-    hooks: Option<Arc<dyn Observer>>,
+    hooks: Option<RequestObservers>,
     request: Request<SendBody>,
 ) -> Answer {
     let uri = request.uri().clone();
@@ -68,6 +69,7 @@ pub(crate) async fn send<B: Send + 'static>(
         route: shell.route(&uri),
         uri,
         request: None,
+        granted: false,
     };
     let give_back = |error: TransportError, request: Request<SendBody>, uri: &Uri| {
         let (mut parts, body) = request.into_parts();
@@ -120,6 +122,7 @@ impl Errand<'_> {
             recording: self.caller.is_recording(),
             ..Asker::default()
         };
+        self.granted = false;
         let mut host = None;
         let wants = needs_host.then_some(&mut host);
         let begun = self
@@ -134,6 +137,7 @@ impl Errand<'_> {
             }
             Begun::Closed => return Err(self.error(TransportErrorKind::Closed)),
         };
+        self.granted = true;
         Ok((granted, host))
     }
 

@@ -42,6 +42,9 @@ use crate::transport::proxy::Route;
 /// How many events may wait for a slow observer before they are dropped and counted.
 const PENDING: usize = 65_536;
 
+/// A request's own observers, in order.
+pub(crate) type RequestObservers = Arc<[Arc<dyn Observer>]>;
+
 /// A transport's inside.
 pub(crate) struct Shell {
     pub(crate) settings: Settings,
@@ -49,6 +52,8 @@ pub(crate) struct Shell {
     pub(crate) recorder: Recorder,
     pub(crate) scope: Arc<Scope>,
     own: Composed,
+    /// How many panics of these are counted already.
+    own_panics: AtomicU64,
     epoch: Instant,
     state: Mutex<State>,
     clock: Arc<Clock>,
@@ -64,9 +69,9 @@ struct State {
     /// By the dial's place in the pool: tells it to stop.
     dials: Vec<Option<Arc<Notify>>>,
     cells: Slab<Cell>,
-    /// Of requests that have some.
-    hooks: HashMap<RequestId, Arc<dyn Observer>>,
-    pending: VecDeque<(PoolEvent, Option<Arc<dyn Observer>>)>,
+    /// Of requests that have some, until they are done with their connection.
+    hooks: HashMap<RequestId, RequestObservers>,
+    pending: VecDeque<(PoolEvent, Option<RequestObservers>)>,
     draining: bool,
 }
 
@@ -153,6 +158,7 @@ impl Shell {
             recorder,
             scope,
             own,
+            own_panics: AtomicU64::new(0),
             epoch: Instant::now(),
             clock: Arc::default(),
             drained: Notify::new(),
@@ -181,7 +187,7 @@ impl Shell {
         key: KeyRef<'_>,
         mut asker: Asker,
         id: &mut Option<RequestId>,
-        hooks: Option<&Arc<dyn Observer>>,
+        hooks: Option<&RequestObservers>,
         host: Option<&mut Option<HeaderValue>>,
     ) -> Begun {
         let now = self.now();
@@ -302,7 +308,7 @@ impl Shell {
         self.lock().pool.hijacked(conn);
     }
 
-    /// The hooks of a request are not needed any more.
+    /// The hooks of a request that has no connection are not needed any more.
     pub(crate) fn forget_hooks(&self, request: RequestId) {
         let hooks = self.lock().hooks.remove(&request);
         drop(hooks);
@@ -487,6 +493,7 @@ impl Shell {
             return;
         }
         let mut after = After::default();
+        let mut unheard = Vec::new();
         for output in outputs {
             state.carry_out(output, why.as_ref(), &mut after);
         }
@@ -494,13 +501,19 @@ impl Shell {
             let room = PENDING.saturating_sub(state.pending.len());
             let mut lost = 0;
             for (n, event) in state.pool.drain_events().enumerate() {
+                let hooks = match (event.request, &event.kind) {
+                    (None, _) => None,
+                    // A request's last event. One that tries again brings its hooks along.
+                    (Some(request), PoolEventKind::PutIdleConn { .. }) => {
+                        state.hooks.remove(&request)
+                    }
+                    (Some(request), _) => state.hooks.get(&request).cloned(),
+                };
                 if n >= room {
                     lost += 1;
+                    unheard.extend(hooks);
                     continue;
                 }
-                let hooks = event
-                    .request
-                    .and_then(|request| state.hooks.get(&request).cloned());
                 state.pending.push_back((event, hooks));
             }
             if lost > 0 {
@@ -508,6 +521,8 @@ impl Shell {
             }
         }
         drop(guard);
+        // A hook's drop is foreign code.
+        drop(unheard);
         self.after(after);
         if tells {
             self.drain();
@@ -571,12 +586,20 @@ impl Shell {
                 }
                 self.scope.observers().on_pool_event(&event);
                 self.own.on_pool_event(&event);
-                if let Some(hooks) = hooks
-                    && shielded(|| hooks.on_pool_event(&event)).is_none()
-                {
+                for hook in hooks.iter().flat_map(|hooks| hooks.iter()) {
+                    if shielded(|| hook.on_pool_event(&event)).is_none() {
+                        self.recorder.drops().observer_panics(1);
+                    }
+                }
+                // As its drop, when this was the last event of its request.
+                if shielded(|| drop(hooks)).is_none() {
                     self.recorder.drops().observer_panics(1);
                 }
             }
+            // One drainer at a time, so none is counted twice.
+            let panics = self.own.panics();
+            let before = self.own_panics.swap(panics, Relaxed);
+            self.recorder.drops().observer_panics(panics.saturating_sub(before));
             if batch.capacity() > 1_024 {
                 batch = VecDeque::new();
             }
