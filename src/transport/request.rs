@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use std::time::SystemTime;
 
 use futures_util::future::Either;
-use http::header::{CONNECTION, EXPECT, HOST};
+use http::header::{CONNECTION, EXPECT, HOST, UPGRADE};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version};
 use http_body::Body;
@@ -334,9 +334,11 @@ impl Errand<'_> {
         }) {
             request.headers_mut().insert(HOST, host);
         }
-        if !self.shell.settings.limits.keep_alive {
+        // An upgrade needs its `Connection` header, and is the connection's last request anyway.
+        let keeps = self.shell.settings.limits.keep_alive;
+        if !keeps && !says_close(request.headers()) && !request.headers().contains_key(UPGRADE) {
             let close = HeaderValue::from_static("close");
-            request.headers_mut().insert(CONNECTION, close);
+            request.headers_mut().append(CONNECTION, close);
         }
         if request.method() == Method::CONNECT {
             if let Some(authority) = self.uri.authority()
