@@ -767,7 +767,11 @@ struct Clock {
 impl Clock {
     fn arm(self: &Arc<Self>, shell: &Arc<Shell>, at: Duration) {
         let at = u64::try_from(at.as_nanos()).unwrap_or(u64::MAX - 1) + 1;
-        self.next.store(at, Relaxed);
+        // The earliest wins: two that arm it may come here in another order than in the pool. One that
+        // is too early costs a look, one that is lost would be missed.
+        let _ = self.next.fetch_update(Relaxed, Relaxed, |next| {
+            (next == 0 || at < next).then_some(at)
+        });
         let mut task = lock(&self.task);
         // Its runtime may be gone while the transport lives on in another.
         if task.as_ref().is_none_or(JoinHandle::is_finished) {
