@@ -7,7 +7,9 @@
 //!
 //! Lock order: the shell's state, then nothing. The record's locks are never taken under it.
 
+use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
+use std::future::Future;
 use std::mem;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -18,6 +20,7 @@ use http::{HeaderValue, Uri};
 use hyper::client::conn::http1;
 use slab::Slab;
 use smallvec::SmallVec;
+use tokio::runtime::Handle as Runtime;
 use tokio::sync::Notify;
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::Instant;
@@ -45,6 +48,13 @@ const PENDING: usize = 65_536;
 /// A request's own observers, in order.
 pub(crate) type RequestObservers = Arc<[Arc<dyn Observer>]>;
 
+type FailedDial = (Arc<Shell>, DialIx, Option<DialFailure>);
+
+thread_local! {
+    /// Dials that failed while this thread was telling of one.
+    static FAILED: RefCell<Option<VecDeque<FailedDial>>> = const { RefCell::new(None) };
+}
+
 /// A transport's inside.
 pub(crate) struct Shell {
     pub(crate) settings: Settings,
@@ -57,6 +67,8 @@ pub(crate) struct Shell {
     epoch: Instant,
     state: Mutex<State>,
     clock: Arc<Clock>,
+    /// The one that tasks were last started on.
+    runtime: Mutex<Option<Runtime>>,
     /// Told when the last permit is given back.
     drained: Notify,
 }
@@ -161,6 +173,7 @@ impl Shell {
             own_panics: AtomicU64::new(0),
             epoch: Instant::now(),
             clock: Arc::default(),
+            runtime: Mutex::default(),
             drained: Notify::new(),
         });
         let source: Arc<dyn PoolSource> = shell.clone();
@@ -367,7 +380,37 @@ impl Shell {
         }
     }
 
+    /// A dial brought no connection.
     pub(crate) fn dial_failed(self: &Arc<Self>, dial: DialIx, why: Option<DialFailure>) {
+        // One after the other: on a runtime that is shut down, the dial that is started for the next
+        // request fails in the same moment, and so on for all that wait.
+        let mut next = Some((self.clone(), dial, why));
+        if FAILED.with_borrow_mut(|failed| match failed {
+            Some(failed) => {
+                failed.extend(next.take());
+                true
+            }
+            None => {
+                *failed = Some(VecDeque::new());
+                false
+            }
+        }) {
+            return;
+        }
+        while let Some((shell, dial, why)) = next {
+            shell.failed(dial, why);
+            drop(shell);
+            next = FAILED.with_borrow_mut(|failed| {
+                let next = failed.as_mut().and_then(VecDeque::pop_front);
+                if next.is_none() {
+                    *failed = None;
+                }
+                next
+            });
+        }
+    }
+
+    fn failed(self: &Arc<Self>, dial: DialIx, why: Option<DialFailure>) {
         let now = self.now();
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -546,7 +589,7 @@ impl Shell {
             stop.notify_one();
         }
         for (at, origin, stop) in after.dials {
-            tokio::spawn(dial(self.clone(), at, origin, stop));
+            self.spawn(dial(self.clone(), at, origin, stop));
         }
         for waker in after.wakers {
             waker.wake();
@@ -554,6 +597,22 @@ impl Shell {
         if let Some(at) = after.arm {
             self.clock.arm(self, at);
         }
+    }
+
+    /// Runs a task on the runtime that is current, or on the last one that was: a connection may be
+    /// given back by whoever drops a response, anywhere. With none, the task is dropped.
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) -> Option<JoinHandle<()>> {
+        let mut known = lock(&self.runtime);
+        if let Ok(current) = Runtime::try_current()
+            && known
+                .as_ref()
+                .is_none_or(|known| known.id() != current.id())
+        {
+            *known = Some(current);
+        }
+        let runtime = known.clone();
+        drop(known);
+        runtime.map(|runtime| runtime.spawn(task))
     }
 
     /// Delivers what waits to be told, unless another thread is at it already.
@@ -599,7 +658,9 @@ impl Shell {
             // One drainer at a time, so none is counted twice.
             let panics = self.own.panics();
             let before = self.own_panics.swap(panics, Relaxed);
-            self.recorder.drops().observer_panics(panics.saturating_sub(before));
+            self.recorder
+                .drops()
+                .observer_panics(panics.saturating_sub(before));
             if batch.capacity() > 1_024 {
                 batch = VecDeque::new();
             }
@@ -776,7 +837,7 @@ impl Clock {
         // Its runtime may be gone while the transport lives on in another.
         if task.as_ref().is_none_or(JoinHandle::is_finished) {
             let run = Self::run(self.clone(), Arc::downgrade(shell), shell.epoch);
-            *task = Some(tokio::spawn(run));
+            *task = shell.spawn(run);
         } else {
             self.changed.notify_one();
         }
