@@ -19,7 +19,7 @@ use crate::outbound::client::protocol;
 use crate::record::Connection;
 use crate::record::handle::{ConnectionRecord, RequestGuard};
 use crate::record::pool::{Wait, Waited};
-use crate::transport::body::{Gate, ResponseBody, SendBody};
+use crate::transport::body::{Gate, Refusal, ResponseBody, SendBody};
 use crate::transport::dial::DialFailure;
 use crate::transport::error::{TransportError, TransportErrorKind, target_of};
 use crate::transport::key::KeyRef;
@@ -237,6 +237,7 @@ impl Errand<'_> {
             guard: RequestGuard::new(record.clone()),
             tap: h1.then_some(tap),
             last,
+            refusal: None,
         });
         let answer = match settings.response_header_timeout {
             None => exchange.as_mut().await,
@@ -254,7 +255,11 @@ impl Errand<'_> {
         };
         match answer {
             Ok(response) => {
-                Exchanged::Answer(Ok(self.answered(response, lease, record, h1, tunnel)))
+                let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+                let refusal = gate.filter(|_| !switches).and_then(Gate::answered);
+                Exchanged::Answer(Ok(
+                    self.answered(response, lease, record, h1, tunnel, refusal)
+                ))
             }
             Err(mut failed) => {
                 if let Some(mut unsent) = failed.take_message() {
@@ -291,6 +296,7 @@ impl Errand<'_> {
         record: Arc<Connection>,
         h1: bool,
         tunnel: bool,
+        refusal: Option<Refusal>,
     ) -> Response<ResponseBody> {
         if let Some(version) = protocol(response.version())
             && record.protocol() != Some(version)
@@ -300,8 +306,11 @@ impl Errand<'_> {
         let status = response.status();
         if let Some(held) = lease.held() {
             if h1 {
-                held.last |= ends_connection(&response);
-            } else if self.hooks.is_some() || self.shell.observed() {
+                // Where the body would be, the next request can't come.
+                held.last |= ends_connection(&response) || refusal.is_some();
+            }
+            held.refusal = refusal;
+            if !h1 && (self.hooks.is_some() || self.shell.observed()) {
                 let kind = PoolEventKind::GotFirstResponseByte;
                 self.shell.tell(held.conn, held.request, kind);
             }
