@@ -8,7 +8,7 @@ use std::time::SystemTime;
 
 use futures_util::future::Either;
 use http::header::{CONNECTION, EXPECT, HOST, UPGRADE};
-use http::uri::PathAndQuery;
+use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version};
 use http_body::Body;
 use hyper::body::Incoming;
@@ -42,6 +42,8 @@ struct Errand<'a> {
     uri: Uri,
     route: Route,
     request: Option<RequestId>,
+    /// On HTTP/2, the `Host` that it came with.
+    own_host: Option<HeaderValue>,
     /// It had a connection: its hooks are told of `PutIdleConn` and forgotten then.
     granted: bool,
 }
@@ -69,6 +71,7 @@ pub(crate) async fn send<B: Send + 'static>(
         route: shell.route(&uri),
         uri,
         request: None,
+        own_host: None,
         granted: false,
     };
     let give_back = |error: TransportError, request: Request<SendBody>, uri: &Uri| {
@@ -264,7 +267,7 @@ impl Errand<'_> {
             Err(mut failed) => {
                 if let Some(mut unsent) = failed.take_message() {
                     lease.unsent();
-                    *unsent.uri_mut() = self.uri.clone();
+                    self.restore(&mut unsent);
                     let error = TransportError::of_hyper(failed.into_error(), target_of(&self.uri));
                     return Exchanged::Again(unsent, error.on(record.id));
                 }
@@ -279,7 +282,7 @@ impl Errand<'_> {
                     .retryable(unprocessed);
                 match copy {
                     Some(mut copy) if dead || unprocessed => {
-                        *copy.uri_mut() = self.uri.clone();
+                        self.restore(&mut copy);
                         Exchanged::Again(copy, error)
                     }
                     _ => Exchanged::Answer(Err(error)),
@@ -350,11 +353,15 @@ impl Errand<'_> {
             request.headers_mut().append(CONNECTION, close);
         }
         if request.method() == Method::CONNECT {
-            if let Some(authority) = self.uri.authority()
-                && let Ok(uri) = Uri::try_from(authority.as_str())
-            {
-                *request.uri_mut() = uri;
+            // The authority alone, without a user and always with a port (RFC 9112, section 3.2.3).
+            if let Some(host) = self.uri.host() {
+                let https = self.uri.scheme() == Some(&Scheme::HTTPS);
+                let port = self.uri.port_u16().unwrap_or(if https { 443 } else { 80 });
+                if let Ok(uri) = Uri::try_from(format!("{host}:{port}")) {
+                    *request.uri_mut() = uri;
+                }
             }
+            self.route.forward_request(request);
         } else if forward {
             self.route.forward_request(request);
         } else {
@@ -367,17 +374,31 @@ impl Errand<'_> {
         }
     }
 
-    fn prepare_h2(&self, request: &mut Request<SendBody>) {
+    fn prepare_h2(&mut self, request: &mut Request<SendBody>) {
         *request.version_mut() = Version::HTTP_2;
-        // No user in the `:authority` (RFC 9113, section 8.3.1).
-        if let Some(authority) = self.uri.authority()
-            && let Some((_, host)) = authority.as_str().rsplit_once('@')
-        {
+        // A caller's own `Host` is the `:authority`; beside another one, servers refuse it.
+        self.own_host = request.headers_mut().remove(HOST);
+        let own = self.own_host.as_ref();
+        let own = own.and_then(|host| Authority::try_from(host.as_bytes()).ok());
+        // No user in it (RFC 9113, section 8.3.1).
+        let authority = own.or_else(|| {
+            let authority = self.uri.authority()?.as_str();
+            authority.rsplit_once('@')?.1.parse().ok()
+        });
+        if authority.is_some() {
             let mut parts = self.uri.clone().into_parts();
-            parts.authority = host.parse().ok();
+            parts.authority = authority;
             if let Ok(uri) = Uri::from_parts(parts) {
                 *request.uri_mut() = uri;
             }
+        }
+    }
+
+    /// A request that is tried again, as it came.
+    fn restore(&self, request: &mut Request<SendBody>) {
+        *request.uri_mut() = self.uri.clone();
+        if let Some(host) = &self.own_host {
+            request.headers_mut().insert(HOST, host.clone());
         }
     }
 
@@ -513,6 +534,7 @@ fn idempotent(request: &Request<SendBody>) -> Option<Request<SendBody>> {
     *copy.method_mut() = request.method().clone();
     *copy.version_mut() = request.version();
     *copy.headers_mut() = request.headers().clone();
+    *copy.extensions_mut() = request.extensions().clone();
     Some(copy)
 }
 
