@@ -6,7 +6,7 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -105,15 +105,48 @@ struct Waiting {
 /// Holds a body back for `100 Continue`.
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
-    // Release and acquire: who sees it open is woken by who opened it.
-    open: AtomicBool,
+    // Release and acquire: who sees it change is woken by who changed it.
+    state: AtomicU8,
     waker: AtomicWaker,
 }
 
+/// Until the 100 comes or the time has passed.
+const SHUT: u8 = 0;
+const OPEN: u8 = 1;
+/// The answer came instead: the body is not sent. The connection is needed for the answer still.
+const HELD: u8 = 2;
+/// The answer is over too.
+const REFUSED: u8 = 3;
+
 impl Gate {
+    fn change(&self, from: u8, to: u8) -> bool {
+        let order = (Ordering::AcqRel, Ordering::Acquire);
+        self.state
+            .compare_exchange(from, to, order.0, order.1)
+            .is_ok()
+    }
+
     pub(crate) fn open(&self) {
-        self.open.store(true, Ordering::Release);
-        self.waker.wake();
+        if self.change(SHUT, OPEN) {
+            self.waker.wake();
+        }
+    }
+
+    /// The answer is there. If the body was not begun, it is refused when this is dropped.
+    pub(crate) fn answered(self: Arc<Self>) -> Option<Refusal> {
+        self.change(SHUT, HELD).then_some(Refusal(self))
+    }
+}
+
+/// A body that the server did not ask for: it fails when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Refusal(Arc<Gate>);
+
+impl Drop for Refusal {
+    fn drop(&mut self) {
+        if self.0.change(HELD, REFUSED) {
+            self.0.waker.wake();
+        }
     }
 }
 
@@ -176,10 +209,20 @@ impl Body for SendBody {
         if let Some(waiting) = &mut this.gate {
             // Registered before it is looked at: no wake-up is lost.
             waiting.gate.waker.register(cx.waker());
-            if !waiting.gate.open.load(Ordering::Acquire) {
+            if waiting.gate.state.load(Ordering::Acquire) == SHUT {
                 ready!(waiting.timeout.as_mut().poll(cx));
+                waiting.gate.change(SHUT, OPEN);
             }
-            this.gate = None;
+            match waiting.gate.state.load(Ordering::Acquire) {
+                HELD => return Poll::Pending,
+                REFUSED => {
+                    this.gate = None;
+                    this.source = State::Empty;
+                    let text = "the server answered without having asked for the body";
+                    return Poll::Ready(Some(Err(text.into())));
+                }
+                _ => this.gate = None,
+            }
         }
         if let State::Fresh(_) = this.source
             && let State::Fresh(source) = std::mem::replace(&mut this.source, State::Empty)

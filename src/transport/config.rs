@@ -306,9 +306,12 @@ impl TransportBuilder {
         self
     }
 
-    /// The TLS configuration for `https`: provider, roots, client certificate. Its ALPN protocols
-    /// are set by [`http_versions`](Self::http_versions) unless it has some. Default: Mozilla's
+    /// The TLS configuration for `https`: provider, roots, client certificate. Default: Mozilla's
     /// roots (`webpki-roots`), no client certificate, ring.
+    ///
+    /// Its ALPN protocols are those that [`http_versions`](Self::http_versions) allows; with
+    /// [`Auto`](HttpVersions::Auto), it may have its own. A TLS connection to a proxy has the same
+    /// configuration.
     #[cfg(feature = "tls")]
     pub fn tls(mut self, config: impl Into<Arc<rustls::ClientConfig>>) -> Self {
         self.settings.tls = Some(config.into());
@@ -416,6 +419,13 @@ impl TransportBuilder {
             None if self.from_env && self.settings.unix.is_none() => Proxies::try_from_env()?,
             None => Proxies::none(),
         };
+        #[cfg(feature = "tls")]
+        {
+            // Made once: its session tickets serve all connections.
+            let config = self.settings.tls.take();
+            let config = config.unwrap_or_else(|| crate::outbound::tls::default_config(&[]));
+            self.settings.tls = Some(with_alpn(config, self.settings.versions));
+        }
         let dialer = self.dialer.timeout(self.connect_timeout).build()?;
         Ok(Transport::new(
             dialer,
@@ -519,6 +529,25 @@ impl TransportBuilder {
         }
         Ok(())
     }
+}
+
+/// The configuration with the protocols that may be spoken.
+#[cfg(feature = "tls")]
+fn with_alpn(
+    mut config: Arc<rustls::ClientConfig>,
+    versions: HttpVersions,
+) -> Arc<rustls::ClientConfig> {
+    let protocols: &[&[u8]] = match versions {
+        HttpVersions::Auto if !config.alpn_protocols.is_empty() => return config,
+        HttpVersions::Auto => &[b"h2", b"http/1.1"],
+        HttpVersions::Http1 => &[b"http/1.1"],
+        HttpVersions::Http2 => &[b"h2"],
+    };
+    let protocols: Vec<_> = protocols.iter().map(|name| name.to_vec()).collect();
+    if config.alpn_protocols != protocols {
+        Arc::make_mut(&mut config).alpn_protocols = protocols;
+    }
+    config
 }
 
 impl fmt::Debug for TransportBuilder {

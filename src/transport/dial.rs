@@ -46,13 +46,13 @@ pub(crate) struct DialFailure {
 }
 
 /// The permit of a dial.
-struct DialPermit<'a> {
-    shell: &'a Arc<Shell>,
+struct DialPermit {
+    shell: Arc<Shell>,
     dial: Option<DialIx>,
     why: Option<DialFailure>,
 }
 
-impl Drop for DialPermit<'_> {
+impl Drop for DialPermit {
     fn drop(&mut self) {
         if let Some(dial) = self.dial.take() {
             self.shell.dial_failed(dial, self.why.take());
@@ -86,12 +86,24 @@ struct Connected {
     h2: bool,
 }
 
-pub(crate) async fn dial(shell: Arc<Shell>, at: DialIx, origin: Arc<Origin>, stop: Arc<Notify>) {
-    let mut permit = DialPermit {
-        shell: &shell,
+/// The task of a dial. Its permit is there from now on: a runtime that is shut down drops tasks
+/// without having begun them.
+pub(crate) fn dial(
+    shell: Arc<Shell>,
+    at: DialIx,
+    origin: Arc<Origin>,
+    stop: Arc<Notify>,
+) -> impl Future<Output = ()> + Send {
+    let permit = DialPermit {
+        shell,
         dial: Some(at),
         why: None,
     };
+    run(permit, origin, stop)
+}
+
+async fn run(mut permit: DialPermit, origin: Arc<Origin>, stop: Arc<Notify>) {
+    let shell = permit.shell.clone();
     let layer = if origin.https {
         IoLayer::Plaintext
     } else {
@@ -431,6 +443,11 @@ mod tls {
     use tokio::io::{AsyncRead, AsyncWrite};
     use tokio_rustls::client::TlsStream;
 
+    fn config(shell: &Shell) -> Arc<rustls::ClientConfig> {
+        let config = shell.settings.tls.clone();
+        config.unwrap_or_else(|| default_config(&[]))
+    }
+
     /// What the server chose.
     fn negotiated<T>(stream: &TlsStream<T>) -> Option<&[u8]> {
         stream.get_ref().1.alpn_protocol()
@@ -442,8 +459,7 @@ mod tls {
         attempt: &Attempt,
         plain: Plain,
     ) -> Result<Secured, DialError> {
-        let config = shell.settings.tls.clone();
-        let config = config.unwrap_or_else(|| default_config(&[]));
+        let config = config(shell);
         let host: Arc<str> = (*origin.host).into();
         let (stream, h2) = match plain {
             Plain::Tcp(tcp) => {
@@ -495,10 +511,7 @@ mod tls {
         plain: Plain,
     ) -> Result<Box<dyn crate::transport::io::Duplex>, DialError> {
         // A proxy is spoken to in HTTP/1.1.
-        let mut config = match &shell.settings.tls {
-            Some(config) => (**config).clone(),
-            None => (*default_config(&[])).clone(),
-        };
+        let mut config = (*config(shell)).clone();
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         let host = proxy.host();
         let io: Box<dyn crate::transport::io::Duplex> = match plain {

@@ -115,7 +115,7 @@ impl<'a> KeyRef<'a> {
         Origin {
             key: Arc::new(PoolKey {
                 target: target.with_scheme(scheme),
-                proxy: proxy.map(|proxy| proxy.to_string().into()),
+                proxy: proxy.map(|proxy| format!("{}://{proxy}", self.route.scheme()).into()),
             }),
             https: self.https,
             host_header: (!host.is_empty())

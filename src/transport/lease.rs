@@ -15,7 +15,7 @@ use hyper::client::conn::{http1, http2};
 use crate::event::{CloseReason, Initiator, RequestId};
 use crate::record::Connection;
 use crate::record::handle::RequestGuard;
-use crate::transport::body::SendBody;
+use crate::transport::body::{Refusal, SendBody};
 use crate::transport::error::TransportError;
 use crate::transport::io::Tap;
 use crate::transport::pool::{Back, ConnIx};
@@ -47,6 +47,8 @@ pub(crate) struct Held {
     pub(crate) tap: Option<Arc<Tap>>,
     /// It serves no further request: the one or the other side said so.
     pub(crate) last: bool,
+    /// Of a request whose body was not asked for.
+    pub(crate) refusal: Option<Refusal>,
 }
 
 impl Lease {
@@ -221,8 +223,11 @@ impl Held {
             request,
             sender,
             guard,
+            refusal,
             ..
         } = self;
+        // The reason is known by now: hyper closes the connection, or resets the stream, with it.
+        drop(refusal);
         // The record's idle comes before the pool's, so that nobody finds it active.
         drop(guard);
         match (sender, back) {

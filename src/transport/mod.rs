@@ -155,7 +155,7 @@ impl Transport {
         let hooks = request.extensions_mut().remove::<RequestHooks>();
         let request = request.map(SendBody::new);
         async move {
-            let hooks = hooks.map(|hooks| hooks.0);
+            let hooks = hooks.map(|hooks| hooks.0.into());
             request::send::<B>(&transport.0.shell, &caller, hooks, request).await
         }
     }
@@ -232,7 +232,9 @@ impl fmt::Debug for Transport {
 }
 
 /// Hooks for one request: an observer in the request's extensions, which is told of the pool events
-/// of this request alone. Go: `httptrace.WithClientTrace`.
+/// of this request alone, the last of them `PutIdleConn`. A hook that panics is caught and counted
+/// ([`Dropped::observer_panics`](crate::Dropped::observer_panics)), and the next one is called. Go:
+/// `httptrace.WithClientTrace`.
 ///
 /// ```
 /// # fn main() -> Result<(), http::Error> {
@@ -246,18 +248,15 @@ impl fmt::Debug for Transport {
 /// # }
 /// ```
 #[derive(Clone)]
-pub struct RequestHooks(Arc<dyn Observer>);
+pub struct RequestHooks(Vec<Arc<dyn Observer>>);
 
 impl RequestHooks {
     /// Adds an observer to a request; those that it has are called before it.
     pub fn add<B>(request: &mut Request<B>, observer: impl Observer) {
-        let observer: Arc<dyn Observer> = Arc::new(observer);
         let extensions = request.extensions_mut();
-        let hooks = match extensions.remove::<Self>() {
-            Some(Self(before)) => Arc::new(Composed::new(vec![before, observer])),
-            None => observer,
-        };
-        extensions.insert(Self(hooks));
+        let mut hooks = extensions.remove::<Self>().unwrap_or(Self(Vec::new()));
+        hooks.0.push(Arc::new(observer));
+        extensions.insert(hooks);
     }
 }
 

@@ -302,6 +302,23 @@ impl Route {
         }
     }
 
+    /// The proxy's scheme; empty without one.
+    pub(crate) const fn scheme(&self) -> &'static str {
+        match self {
+            Self::Direct => "",
+            Self::Forward(proxy) | Self::Tunnel(proxy) if proxy.tls() => "https",
+            Self::Forward(_) | Self::Tunnel(_) => "http",
+            Self::Socks4 { dns, .. } => match dns {
+                Dns::Local => "socks4",
+                Dns::Remote => "socks4a",
+            },
+            Self::Socks5 { dns, .. } => match dns {
+                Dns::Local => "socks5",
+                Dns::Remote => "socks5h",
+            },
+        }
+    }
+
     /// Whether [`open`] wants an address as host, looked up by us. Given a name, it asks the
     /// system's resolver, and nobody sees that phase.
     pub(crate) const fn wants_address(&self) -> bool {

@@ -7,27 +7,26 @@ use std::task::{Context, Poll};
 use std::time::SystemTime;
 
 use futures_util::future::Either;
-use http::header::{CONNECTION, EXPECT, HOST};
-use http::uri::PathAndQuery;
+use http::header::{CONNECTION, EXPECT, HOST, UPGRADE};
+use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version};
 use http_body::Body;
 use hyper::body::Incoming;
 
 use crate::event::{CloseReason, FailureReason, PoolEventKind, RequestId, TraceRef, WaitOutcome};
-use crate::observer::Observer;
 use crate::outbound::caller::Caller;
 use crate::outbound::client::protocol;
 use crate::record::Connection;
 use crate::record::handle::{ConnectionRecord, RequestGuard};
 use crate::record::pool::{Wait, Waited};
-use crate::transport::body::{Gate, ResponseBody, SendBody};
+use crate::transport::body::{Gate, Refusal, ResponseBody, SendBody};
 use crate::transport::dial::DialFailure;
 use crate::transport::error::{TransportError, TransportErrorKind, target_of};
 use crate::transport::key::KeyRef;
 use crate::transport::lease::{Held, Lease, Sender};
 use crate::transport::pool::{Asker, ConnIx};
 use crate::transport::proxy::Route;
-use crate::transport::shell::{Begun, Granted, Served, Shell, Ticket};
+use crate::transport::shell::{Begun, Granted, RequestObservers, Served, Shell, Ticket};
 
 /// How often a request is tried again of which nothing was sent: each try costs the pool a dead
 /// connection.
@@ -39,15 +38,19 @@ type Answer = Result<Response<ResponseBody>, TransportError>;
 struct Errand<'a> {
     shell: &'a Arc<Shell>,
     caller: &'a Caller,
-    hooks: Option<Arc<dyn Observer>>,
+    hooks: Option<RequestObservers>,
     uri: Uri,
     route: Route,
     request: Option<RequestId>,
+    /// On HTTP/2, the `Host` that it came with.
+    own_host: Option<HeaderValue>,
+    /// It had a connection: its hooks are told of `PutIdleConn` and forgotten then.
+    granted: bool,
 }
 
 impl Drop for Errand<'_> {
     fn drop(&mut self) {
-        if let (Some(_), Some(request)) = (&self.hooks, self.request) {
+        if let (Some(_), Some(request), false) = (&self.hooks, self.request, self.granted) {
             self.shell.forget_hooks(request);
         }
     }
@@ -57,7 +60,7 @@ impl Drop for Errand<'_> {
 pub(crate) async fn send<B: Send + 'static>(
     shell: &Arc<Shell>,
     caller: &Caller,
-    hooks: Option<Arc<dyn Observer>>,
+    hooks: Option<RequestObservers>,
     request: Request<SendBody>,
 ) -> Answer {
     let uri = request.uri().clone();
@@ -68,6 +71,8 @@ pub(crate) async fn send<B: Send + 'static>(
         route: shell.route(&uri),
         uri,
         request: None,
+        own_host: None,
+        granted: false,
     };
     let give_back = |error: TransportError, request: Request<SendBody>, uri: &Uri| {
         let (mut parts, body) = request.into_parts();
@@ -120,6 +125,7 @@ impl Errand<'_> {
             recording: self.caller.is_recording(),
             ..Asker::default()
         };
+        self.granted = false;
         let mut host = None;
         let wants = needs_host.then_some(&mut host);
         let begun = self
@@ -134,6 +140,7 @@ impl Errand<'_> {
             }
             Begun::Closed => return Err(self.error(TransportErrorKind::Closed)),
         };
+        self.granted = true;
         Ok((granted, host))
     }
 
@@ -233,6 +240,7 @@ impl Errand<'_> {
             guard: RequestGuard::new(record.clone()),
             tap: h1.then_some(tap),
             last,
+            refusal: None,
         });
         let answer = match settings.response_header_timeout {
             None => exchange.as_mut().await,
@@ -250,12 +258,16 @@ impl Errand<'_> {
         };
         match answer {
             Ok(response) => {
-                Exchanged::Answer(Ok(self.answered(response, lease, record, h1, tunnel)))
+                let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+                let refusal = gate.filter(|_| !switches).and_then(Gate::answered);
+                Exchanged::Answer(Ok(
+                    self.answered(response, lease, record, h1, tunnel, refusal)
+                ))
             }
             Err(mut failed) => {
                 if let Some(mut unsent) = failed.take_message() {
                     lease.unsent();
-                    *unsent.uri_mut() = self.uri.clone();
+                    self.restore(&mut unsent);
                     let error = TransportError::of_hyper(failed.into_error(), target_of(&self.uri));
                     return Exchanged::Again(unsent, error.on(record.id));
                 }
@@ -270,7 +282,7 @@ impl Errand<'_> {
                     .retryable(unprocessed);
                 match copy {
                     Some(mut copy) if dead || unprocessed => {
-                        *copy.uri_mut() = self.uri.clone();
+                        self.restore(&mut copy);
                         Exchanged::Again(copy, error)
                     }
                     _ => Exchanged::Answer(Err(error)),
@@ -287,6 +299,7 @@ impl Errand<'_> {
         record: Arc<Connection>,
         h1: bool,
         tunnel: bool,
+        refusal: Option<Refusal>,
     ) -> Response<ResponseBody> {
         if let Some(version) = protocol(response.version())
             && record.protocol() != Some(version)
@@ -296,8 +309,11 @@ impl Errand<'_> {
         let status = response.status();
         if let Some(held) = lease.held() {
             if h1 {
-                held.last |= ends_connection(&response);
-            } else if self.hooks.is_some() || self.shell.observed() {
+                // Where the body would be, the next request can't come.
+                held.last |= ends_connection(&response) || refusal.is_some();
+            }
+            held.refusal = refusal;
+            if !h1 && (self.hooks.is_some() || self.shell.observed()) {
                 let kind = PoolEventKind::GotFirstResponseByte;
                 self.shell.tell(held.conn, held.request, kind);
             }
@@ -330,16 +346,22 @@ impl Errand<'_> {
         }) {
             request.headers_mut().insert(HOST, host);
         }
-        if !self.shell.settings.limits.keep_alive {
+        // An upgrade needs its `Connection` header, and is the connection's last request anyway.
+        let keeps = self.shell.settings.limits.keep_alive;
+        if !keeps && !says_close(request.headers()) && !request.headers().contains_key(UPGRADE) {
             let close = HeaderValue::from_static("close");
-            request.headers_mut().insert(CONNECTION, close);
+            request.headers_mut().append(CONNECTION, close);
         }
         if request.method() == Method::CONNECT {
-            if let Some(authority) = self.uri.authority()
-                && let Ok(uri) = Uri::try_from(authority.as_str())
-            {
-                *request.uri_mut() = uri;
+            // The authority alone, without a user and always with a port (RFC 9112, section 3.2.3).
+            if let Some(host) = self.uri.host() {
+                let https = self.uri.scheme() == Some(&Scheme::HTTPS);
+                let port = self.uri.port_u16().unwrap_or(if https { 443 } else { 80 });
+                if let Ok(uri) = Uri::try_from(format!("{host}:{port}")) {
+                    *request.uri_mut() = uri;
+                }
             }
+            self.route.forward_request(request);
         } else if forward {
             self.route.forward_request(request);
         } else {
@@ -352,17 +374,31 @@ impl Errand<'_> {
         }
     }
 
-    fn prepare_h2(&self, request: &mut Request<SendBody>) {
+    fn prepare_h2(&mut self, request: &mut Request<SendBody>) {
         *request.version_mut() = Version::HTTP_2;
-        // No user in the `:authority` (RFC 9113, section 8.3.1).
-        if let Some(authority) = self.uri.authority()
-            && let Some((_, host)) = authority.as_str().rsplit_once('@')
-        {
+        // A caller's own `Host` is the `:authority`; beside another one, servers refuse it.
+        self.own_host = request.headers_mut().remove(HOST);
+        let own = self.own_host.as_ref();
+        let own = own.and_then(|host| Authority::try_from(host.as_bytes()).ok());
+        // No user in it (RFC 9113, section 8.3.1).
+        let authority = own.or_else(|| {
+            let authority = self.uri.authority()?.as_str();
+            authority.rsplit_once('@')?.1.parse().ok()
+        });
+        if authority.is_some() {
             let mut parts = self.uri.clone().into_parts();
-            parts.authority = host.parse().ok();
+            parts.authority = authority;
             if let Ok(uri) = Uri::from_parts(parts) {
                 *request.uri_mut() = uri;
             }
+        }
+    }
+
+    /// A request that is tried again, as it came.
+    fn restore(&self, request: &mut Request<SendBody>) {
+        *request.uri_mut() = self.uri.clone();
+        if let Some(host) = &self.own_host {
+            request.headers_mut().insert(HOST, host.clone());
         }
     }
 
@@ -498,6 +534,7 @@ fn idempotent(request: &Request<SendBody>) -> Option<Request<SendBody>> {
     *copy.method_mut() = request.method().clone();
     *copy.version_mut() = request.version();
     *copy.headers_mut() = request.headers().clone();
+    *copy.extensions_mut() = request.extensions().clone();
     Some(copy)
 }
 

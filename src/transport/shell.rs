@@ -7,7 +7,9 @@
 //!
 //! Lock order: the shell's state, then nothing. The record's locks are never taken under it.
 
+use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
+use std::future::Future;
 use std::mem;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -18,6 +20,7 @@ use http::{HeaderValue, Uri};
 use hyper::client::conn::http1;
 use slab::Slab;
 use smallvec::SmallVec;
+use tokio::runtime::Handle as Runtime;
 use tokio::sync::Notify;
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::Instant;
@@ -42,6 +45,16 @@ use crate::transport::proxy::Route;
 /// How many events may wait for a slow observer before they are dropped and counted.
 const PENDING: usize = 65_536;
 
+/// A request's own observers, in order.
+pub(crate) type RequestObservers = Arc<[Arc<dyn Observer>]>;
+
+type FailedDial = (Arc<Shell>, DialIx, Option<DialFailure>);
+
+thread_local! {
+    /// Dials that failed while this thread was telling of one.
+    static FAILED: RefCell<Option<VecDeque<FailedDial>>> = const { RefCell::new(None) };
+}
+
 /// A transport's inside.
 pub(crate) struct Shell {
     pub(crate) settings: Settings,
@@ -49,9 +62,13 @@ pub(crate) struct Shell {
     pub(crate) recorder: Recorder,
     pub(crate) scope: Arc<Scope>,
     own: Composed,
+    /// How many panics of these are counted already.
+    own_panics: AtomicU64,
     epoch: Instant,
     state: Mutex<State>,
     clock: Arc<Clock>,
+    /// The one that tasks were last started on.
+    runtime: Mutex<Option<Runtime>>,
     /// Told when the last permit is given back.
     drained: Notify,
 }
@@ -64,9 +81,9 @@ struct State {
     /// By the dial's place in the pool: tells it to stop.
     dials: Vec<Option<Arc<Notify>>>,
     cells: Slab<Cell>,
-    /// Of requests that have some.
-    hooks: HashMap<RequestId, Arc<dyn Observer>>,
-    pending: VecDeque<(PoolEvent, Option<Arc<dyn Observer>>)>,
+    /// Of requests that have some, until they are done with their connection.
+    hooks: HashMap<RequestId, RequestObservers>,
+    pending: VecDeque<(PoolEvent, Option<RequestObservers>)>,
     draining: bool,
 }
 
@@ -153,8 +170,10 @@ impl Shell {
             recorder,
             scope,
             own,
+            own_panics: AtomicU64::new(0),
             epoch: Instant::now(),
             clock: Arc::default(),
+            runtime: Mutex::default(),
             drained: Notify::new(),
         });
         let source: Arc<dyn PoolSource> = shell.clone();
@@ -181,7 +200,7 @@ impl Shell {
         key: KeyRef<'_>,
         mut asker: Asker,
         id: &mut Option<RequestId>,
-        hooks: Option<&Arc<dyn Observer>>,
+        hooks: Option<&RequestObservers>,
         host: Option<&mut Option<HeaderValue>>,
     ) -> Begun {
         let now = self.now();
@@ -302,7 +321,7 @@ impl Shell {
         self.lock().pool.hijacked(conn);
     }
 
-    /// The hooks of a request are not needed any more.
+    /// The hooks of a request that has no connection are not needed any more.
     pub(crate) fn forget_hooks(&self, request: RequestId) {
         let hooks = self.lock().hooks.remove(&request);
         drop(hooks);
@@ -361,7 +380,37 @@ impl Shell {
         }
     }
 
+    /// A dial brought no connection.
     pub(crate) fn dial_failed(self: &Arc<Self>, dial: DialIx, why: Option<DialFailure>) {
+        // One after the other: on a runtime that is shut down, the dial that is started for the next
+        // request fails in the same moment, and so on for all that wait.
+        let mut next = Some((self.clone(), dial, why));
+        if FAILED.with_borrow_mut(|failed| match failed {
+            Some(failed) => {
+                failed.extend(next.take());
+                true
+            }
+            None => {
+                *failed = Some(VecDeque::new());
+                false
+            }
+        }) {
+            return;
+        }
+        while let Some((shell, dial, why)) = next {
+            shell.failed(dial, why);
+            drop(shell);
+            next = FAILED.with_borrow_mut(|failed| {
+                let next = failed.as_mut().and_then(VecDeque::pop_front);
+                if next.is_none() {
+                    *failed = None;
+                }
+                next
+            });
+        }
+    }
+
+    fn failed(self: &Arc<Self>, dial: DialIx, why: Option<DialFailure>) {
         let now = self.now();
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -487,6 +536,7 @@ impl Shell {
             return;
         }
         let mut after = After::default();
+        let mut unheard = Vec::new();
         for output in outputs {
             state.carry_out(output, why.as_ref(), &mut after);
         }
@@ -494,13 +544,19 @@ impl Shell {
             let room = PENDING.saturating_sub(state.pending.len());
             let mut lost = 0;
             for (n, event) in state.pool.drain_events().enumerate() {
+                let hooks = match (event.request, &event.kind) {
+                    (None, _) => None,
+                    // A request's last event. One that tries again brings its hooks along.
+                    (Some(request), PoolEventKind::PutIdleConn { .. }) => {
+                        state.hooks.remove(&request)
+                    }
+                    (Some(request), _) => state.hooks.get(&request).cloned(),
+                };
                 if n >= room {
                     lost += 1;
+                    unheard.extend(hooks);
                     continue;
                 }
-                let hooks = event
-                    .request
-                    .and_then(|request| state.hooks.get(&request).cloned());
                 state.pending.push_back((event, hooks));
             }
             if lost > 0 {
@@ -508,6 +564,8 @@ impl Shell {
             }
         }
         drop(guard);
+        // A hook's drop is foreign code.
+        drop(unheard);
         self.after(after);
         if tells {
             self.drain();
@@ -531,7 +589,7 @@ impl Shell {
             stop.notify_one();
         }
         for (at, origin, stop) in after.dials {
-            tokio::spawn(dial(self.clone(), at, origin, stop));
+            self.spawn(dial(self.clone(), at, origin, stop));
         }
         for waker in after.wakers {
             waker.wake();
@@ -539,6 +597,22 @@ impl Shell {
         if let Some(at) = after.arm {
             self.clock.arm(self, at);
         }
+    }
+
+    /// Runs a task on the runtime that is current, or on the last one that was: a connection may be
+    /// given back by whoever drops a response, anywhere. With none, the task is dropped.
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) -> Option<JoinHandle<()>> {
+        let mut known = lock(&self.runtime);
+        if let Ok(current) = Runtime::try_current()
+            && known
+                .as_ref()
+                .is_none_or(|known| known.id() != current.id())
+        {
+            *known = Some(current);
+        }
+        let runtime = known.clone();
+        drop(known);
+        runtime.map(|runtime| runtime.spawn(task))
     }
 
     /// Delivers what waits to be told, unless another thread is at it already.
@@ -571,12 +645,22 @@ impl Shell {
                 }
                 self.scope.observers().on_pool_event(&event);
                 self.own.on_pool_event(&event);
-                if let Some(hooks) = hooks
-                    && shielded(|| hooks.on_pool_event(&event)).is_none()
-                {
+                for hook in hooks.iter().flat_map(|hooks| hooks.iter()) {
+                    if shielded(|| hook.on_pool_event(&event)).is_none() {
+                        self.recorder.drops().observer_panics(1);
+                    }
+                }
+                // As its drop, when this was the last event of its request.
+                if shielded(|| drop(hooks)).is_none() {
                     self.recorder.drops().observer_panics(1);
                 }
             }
+            // One drainer at a time, so none is counted twice.
+            let panics = self.own.panics();
+            let before = self.own_panics.swap(panics, Relaxed);
+            self.recorder
+                .drops()
+                .observer_panics(panics.saturating_sub(before));
             if batch.capacity() > 1_024 {
                 batch = VecDeque::new();
             }
@@ -744,12 +828,16 @@ struct Clock {
 impl Clock {
     fn arm(self: &Arc<Self>, shell: &Arc<Shell>, at: Duration) {
         let at = u64::try_from(at.as_nanos()).unwrap_or(u64::MAX - 1) + 1;
-        self.next.store(at, Relaxed);
+        // The earliest wins: two that arm it may come here in another order than in the pool. One that
+        // is too early costs a look, one that is lost would be missed.
+        let _ = self.next.fetch_update(Relaxed, Relaxed, |next| {
+            (next == 0 || at < next).then_some(at)
+        });
         let mut task = lock(&self.task);
         // Its runtime may be gone while the transport lives on in another.
         if task.as_ref().is_none_or(JoinHandle::is_finished) {
             let run = Self::run(self.clone(), Arc::downgrade(shell), shell.epoch);
-            *task = Some(tokio::spawn(run));
+            *task = shell.spawn(run);
         } else {
             self.changed.notify_one();
         }
