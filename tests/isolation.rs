@@ -403,3 +403,52 @@ async fn panics_of_providers_do_not_disturb_the_observers() {
     assert_eq!(sink_panics(&conntrack), 6);
     assert_eq!(conntrack.stats().dropped.observer_panics, 0);
 }
+
+/// An exporter that sends through a transport of the service is not seen by it, and is not served by
+/// the connections that are seen.
+#[cfg(feature = "transport")]
+#[tokio::test]
+async fn an_exporter_that_uses_a_transport_is_not_seen() {
+    use http_body_util::{BodyExt, Empty};
+    use opentelemetry::Context;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        loop {
+            let (mut io, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                while io.read(&mut [0; 1_024]).await.is_ok_and(|n| n > 0) {
+                    let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+                    io.write_all(answer).await.unwrap();
+                }
+            });
+        }
+    });
+    let conntrack = Conntrack::builder().build().unwrap();
+    let transport = conntrack.transport("app").no_env_proxy().build().unwrap();
+    let request = || {
+        http::Request::get(&url)
+            .body(Empty::<bytes::Bytes>::new())
+            .unwrap()
+    };
+    let sent = {
+        let _suppressed = Context::enter_telemetry_suppressed_scope();
+        transport.send(request())
+    };
+    let response = sent.await.unwrap();
+    response.into_body().collect().await.unwrap();
+    let stats = conntrack.stats();
+    assert_eq!(
+        (stats.open(), stats.dialer("app").unwrap().attempts),
+        (0, 0)
+    );
+    assert_eq!(transport.stats().event("GetConn"), 0);
+
+    let response = transport.send(request()).await.unwrap();
+    response.into_body().collect().await.unwrap();
+    assert_eq!(conntrack.stats().open(), 1);
+    let cut = transport.shutdown(std::time::Duration::from_secs(5)).await;
+    assert!(cut.is_empty());
+}

@@ -230,6 +230,17 @@ pub struct Dialer {
 }
 
 impl Dialer {
+    /// The same dialer for a telemetry exporter: nobody sees its connections.
+    #[cfg(feature = "transport")]
+    pub(crate) fn unseen(&self) -> Self {
+        let recorder = Recorder::shadow();
+        Self {
+            scope: recorder.learned(Direction::Outbound, "exporter"),
+            recorder,
+            ..self.clone()
+        }
+    }
+
     pub(crate) const fn recorder(&self) -> &Recorder {
         &self.recorder
     }

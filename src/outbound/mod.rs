@@ -74,7 +74,7 @@ pub(crate) fn scope_of_exporter() -> Option<(Recorder, Arc<Scope>)> {
 
 /// Whether the caller is a telemetry exporter: the OpenTelemetry SDK marks its threads, and so does
 /// this crate's own runtime for exporters.
-fn suppressed() -> bool {
+pub(crate) fn suppressed() -> bool {
     #[cfg(feature = "otel")]
     {
         opentelemetry::Context::is_current_telemetry_suppressed()

@@ -444,6 +444,9 @@ pub(crate) struct Waited<'a> {
 /// A pool, as the record sees it.
 pub(crate) trait PoolSource: Send + Sync {
     fn stats(&self) -> PoolStats;
+
+    /// What the pool's own observers lost, and how often they panicked.
+    fn mishaps(&self) -> [u64; 2];
 }
 
 /// The pools that there are, and the counts of those that were: a counter once reported is
@@ -452,6 +455,8 @@ pub(crate) trait PoolSource: Send + Sync {
 pub(crate) struct Pools {
     live: Vec<Weak<dyn PoolSource>>,
     gone: Vec<PoolStats>,
+    /// Of those that are gone.
+    mishaps: [u64; 2],
 }
 
 impl Pools {
@@ -461,7 +466,9 @@ impl Pools {
     }
 
     /// A pool says its last.
-    pub(crate) fn retire(&mut self, stats: PoolStats) {
+    pub(crate) fn retire(&mut self, stats: PoolStats, mishaps: [u64; 2]) {
+        self.mishaps[0] += mishaps[0];
+        self.mishaps[1] += mishaps[1];
         let stats = stats.retired();
         match self.gone.iter_mut().find(|gone| gone.name == stats.name) {
             // Many short-lived pools of one name must not fill the memory.
@@ -472,6 +479,10 @@ impl Pools {
 
     pub(crate) fn live(&self) -> Vec<Arc<dyn PoolSource>> {
         self.live.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    pub(crate) const fn mishaps(&self) -> [u64; 2] {
+        self.mishaps
     }
 
     pub(crate) fn gone(&self) -> &[PoolStats] {

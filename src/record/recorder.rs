@@ -261,8 +261,8 @@ impl Recorder {
     }
 
     /// A pool is gone: these are its last counts.
-    pub(crate) fn retire_pool(&self, stats: PoolStats) {
-        lock(&self.0.pools).retire(stats);
+    pub(crate) fn retire_pool(&self, stats: PoolStats, mishaps: [u64; 2]) {
+        lock(&self.0.pools).retire(stats, mishaps);
     }
 
     fn pools(&self) -> Vec<PoolStats> {
@@ -319,9 +319,16 @@ impl Recorder {
     }
 
     pub(crate) fn dropped(&self) -> Dropped {
-        self.0
-            .drops
-            .snapshot(self.0.observers.lost(), self.0.observers.panics())
+        let (live, gone) = {
+            let pools = lock(&self.0.pools);
+            (pools.live(), pools.mishaps())
+        };
+        let mut mishaps = [self.0.observers.lost(), self.0.observers.panics()];
+        for more in live.iter().map(|pool| pool.mishaps()).chain([gone]) {
+            mishaps[0] += more[0];
+            mishaps[1] += more[1];
+        }
+        self.0.drops.snapshot(mishaps[0], mishaps[1])
     }
 
     pub(crate) fn live(&self) -> Vec<Arc<Connection>> {

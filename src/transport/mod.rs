@@ -34,7 +34,7 @@ pub(crate) mod shell;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -45,6 +45,7 @@ use tower_service::Service;
 use crate::observer::{Composed, Observer};
 use crate::outbound::caller::Caller;
 use crate::outbound::dialer::Dialer;
+use crate::outbound::suppressed;
 use crate::record::handle::ConnectionRecord;
 use crate::record::pool::{PoolSource, PoolStats};
 use crate::transport::body::{BoxError, ResponseBody, SendBody};
@@ -108,11 +109,31 @@ pub struct Transport(Arc<Owner>);
 /// All clones of a transport.
 struct Owner {
     shell: Arc<Shell>,
+    /// What telemetry exporters send through this transport goes through a pool of its own, which
+    /// nobody sees: telemetry does not watch itself.
+    unseen: OnceLock<Arc<Shell>>,
+}
+
+impl Owner {
+    /// Which pool a request belongs to: an exporter's is `unseen`.
+    fn shell(&self, unseen: bool) -> &Arc<Shell> {
+        if !unseen {
+            return &self.shell;
+        }
+        self.unseen.get_or_init(|| {
+            let (dialer, settings) = (self.shell.dialer.unseen(), self.shell.settings.clone());
+            Shell::new(dialer, settings, Composed::default())
+        })
+    }
+
+    fn shells(&self) -> impl Iterator<Item = &Arc<Shell>> {
+        std::iter::once(&self.shell).chain(self.unseen.get())
+    }
 }
 
 impl Drop for Owner {
     fn drop(&mut self) {
-        self.shell.shut();
+        self.shells().for_each(Shell::shut);
     }
 }
 
@@ -120,6 +141,7 @@ impl Transport {
     pub(crate) fn new(dialer: Dialer, settings: Settings, observers: Composed) -> Self {
         Self(Arc::new(Owner {
             shell: Shell::new(dialer, settings, observers),
+            unseen: OnceLock::new(),
         }))
     }
 
@@ -151,12 +173,12 @@ impl Transport {
         B::Error: Into<BoxError>,
     {
         let transport = self.clone();
-        let caller = Caller::current();
+        let (caller, unseen) = (Caller::current(), suppressed());
         let hooks = request.extensions_mut().remove::<RequestHooks>();
         let request = request.map(SendBody::new);
         async move {
             let hooks = hooks.map(|hooks| hooks.0.into());
-            request::send::<B>(&transport.0.shell, &caller, hooks, request).await
+            request::send::<B>(transport.0.shell(unseen), &caller, hooks, request).await
         }
     }
 
@@ -168,7 +190,7 @@ impl Transport {
     /// Closes what is idle, and what comes back before the next request. What runs goes on. Go:
     /// `CloseIdleConnections`.
     pub fn close_idle_connections(&self) {
-        self.0.shell.close_idle();
+        self.0.shells().for_each(Shell::close_idle);
     }
 
     /// Serves no further request, tells those that wait, closes what is idle, and waits for the rest
@@ -190,16 +212,17 @@ impl Transport {
     /// # }
     /// ```
     pub async fn shutdown(&self, deadline: Duration) -> Vec<ConnectionRecord> {
-        let shell = &self.0.shell;
-        shell.shut();
-        if tokio::time::timeout(deadline, shell.drained())
-            .await
-            .is_ok()
-        {
+        self.0.shells().for_each(Shell::shut);
+        let drained = async {
+            for shell in self.0.shells() {
+                shell.drained().await;
+            }
+        };
+        if tokio::time::timeout(deadline, drained).await.is_ok() {
             return Vec::new();
         }
-        let cut = shell.cut();
-        cut.into_iter().map(ConnectionRecord).collect()
+        let cut = self.0.shells().flat_map(|shell| shell.cut());
+        cut.map(ConnectionRecord).collect()
     }
 }
 

@@ -515,6 +515,10 @@ impl Shell {
         for driver in drivers {
             driver.abort();
         }
+        // An upgraded connection has no driver any more: its reader finds an end of stream.
+        for record in &records {
+            record.cut();
+        }
         records
     }
 
@@ -798,13 +802,17 @@ impl PoolSource for Shell {
             self.scope.metrics(),
         )
     }
+
+    fn mishaps(&self) -> [u64; 2] {
+        [self.own.lost(), self.own.panics()]
+    }
 }
 
 impl Drop for Shell {
     fn drop(&mut self) {
         self.clock.changed.notify_one();
         let stats = self.stats();
-        self.recorder.retire_pool(stats);
+        self.recorder.retire_pool(stats, self.mishaps());
     }
 }
 
