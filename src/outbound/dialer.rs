@@ -241,10 +241,12 @@ impl Dialer {
         }
     }
 
+    #[cfg(feature = "transport")]
     pub(crate) const fn recorder(&self) -> &Recorder {
         &self.recorder
     }
 
+    #[cfg(feature = "transport")]
     pub(crate) const fn scope(&self) -> &Arc<Scope> {
         &self.scope
     }

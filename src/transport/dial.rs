@@ -277,7 +277,7 @@ fn note(record: &Connection, error: &hyper::Error) {
         CloseReason::KeepAliveTimeout
     } else if h2.is_some_and(|e| e.is_remote() && e.is_go_away()) {
         CloseReason::Goaway
-    } else if error.is_parse() || error.is_parse_too_large() || h2.is_some_and(|e| !e.is_io()) {
+    } else if error.is_parse() || h2.is_some_and(|e| !e.is_io()) {
         CloseReason::ProtocolError
     } else {
         return;

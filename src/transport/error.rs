@@ -133,7 +133,7 @@ impl TransportError {
         let error = Arc::new(error);
         let what = if error.is_user() && !error.is_canceled() {
             TransportErrorKind::RequestBody(error)
-        } else if error.is_parse() || error.is_parse_too_large() || broke_protocol(&error) {
+        } else if error.is_parse() || broke_protocol(&error) {
             TransportErrorKind::Protocol(error)
         } else {
             TransportErrorKind::ConnectionClosed(error)

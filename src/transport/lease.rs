@@ -190,7 +190,7 @@ impl Held {
     }
 
     fn failed(self, error: &hyper::Error) {
-        let reason = if error.is_parse() || error.is_parse_too_large() {
+        let reason = if error.is_parse() {
             self.hint(CloseReason::ProtocolError);
             CloseReason::ProtocolError
         } else if error.is_user() && !error.is_canceled() {

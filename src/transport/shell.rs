@@ -133,20 +133,28 @@ pub(crate) struct Ticket {
     waiter: WaiterIx,
 }
 
+/// A dial to begin.
+struct Begin {
+    dial: DialIx,
+    origin: Arc<Origin>,
+    stop: Arc<Notify>,
+}
+
+/// A connection to close.
+struct End {
+    connection: Arc<Connection>,
+    sender: Option<Sender>,
+    reason: CloseReason,
+    by: Option<ClosedBy>,
+}
+
 /// What is done after unlock.
 #[derive(Default)]
 struct After {
     wakers: SmallVec<[Waker; 4]>,
-    dials: SmallVec<[(DialIx, Arc<Origin>, Arc<Notify>); 1]>,
+    dials: SmallVec<[Begin; 1]>,
     stops: SmallVec<[Arc<Notify>; 1]>,
-    closes: SmallVec<
-        [(
-            Arc<Connection>,
-            Option<Sender>,
-            CloseReason,
-            Option<ClosedBy>,
-        ); 1],
-    >,
+    closes: SmallVec<[End; 1]>,
     arm: Option<Duration>,
 }
 
@@ -577,7 +585,13 @@ impl Shell {
     }
 
     fn after(self: &Arc<Self>, after: After) {
-        for (connection, sender, reason, by) in after.closes {
+        for end in after.closes {
+            let End {
+                connection,
+                sender,
+                reason,
+                by,
+            } = end;
             if let Some(by) = by {
                 connection.moment(Moment::LimitHit {
                     limit: by.limit,
@@ -592,7 +606,12 @@ impl Shell {
         for stop in after.stops {
             stop.notify_one();
         }
-        for (at, origin, stop) in after.dials {
+        for Begin {
+            dial: at,
+            origin,
+            stop,
+        } in after.dials
+        {
             self.spawn(dial(self.clone(), at, origin, stop));
         }
         for waker in after.wakers {
@@ -758,7 +777,11 @@ impl State {
             Output::Dial(dial, key) => {
                 if let Some(origin) = self.keys.origin(key) {
                     let stop = Arc::new(Notify::new());
-                    after.dials.push((dial, origin.clone(), stop.clone()));
+                    after.dials.push(Begin {
+                        dial,
+                        origin: origin.clone(),
+                        stop: stop.clone(),
+                    });
                     put(&mut self.dials, dial.place(), stop);
                 }
             }
@@ -768,8 +791,12 @@ impl State {
             }
             Output::Close(conn, reason, by) => {
                 if let Some(handle) = self.handle(conn) {
-                    let (record, sender) = (handle.record.clone(), handle.sender.take());
-                    after.closes.push((record, sender, reason, by));
+                    after.closes.push(End {
+                        connection: handle.record.clone(),
+                        sender: handle.sender.take(),
+                        reason,
+                        by,
+                    });
                 }
             }
             Output::Arm(at) => {
