@@ -16,8 +16,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use crate::event::TcpInfo;
-use crate::event::{CloseReason, ConnectionId, Target, TraceRef, reasons};
+use crate::event::reason::reasons;
+use crate::event::{CloseReason, ConnectionId, Target, TcpInfo, TraceRef};
 
 reasons! {
     /// How a wait ended: exactly one for each.

@@ -75,13 +75,15 @@ impl Proxies {
     ///
     /// **Warning**: as in hyper-util, a URL that can't be used is as good as not set, and requests
     /// go past the proxy. [`try_from_env`](Self::try_from_env) says so instead.
+    #[cfg(test)]
     pub(crate) fn from_env() -> Self {
         let ignore = |_: &str, value: &str, _| Ok(value.to_owned());
         // `ignore` returns no error.
         Self::from_vars(&|name| std::env::var_os(name), ignore).unwrap_or_default()
     }
 
-    /// As [`from_env`](Self::from_env), but a proxy that can't be used is an error.
+    /// `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY`, or their lower-case names, as they are
+    /// now; one that can't be used is an error, not ignored as hyper-util does it.
     ///
     /// Upper case wins over lower case, even when it is empty. curl does it the other way round.
     /// In a CGI program (`REQUEST_METHOD` is set) no proxy is used at all, since there a request's
@@ -855,6 +857,7 @@ pub(crate) enum ProxyError {
 
 impl ProxyError {
     /// What the proxy answered, when it refused.
+    #[cfg(test)]
     pub(crate) const fn reply(&self) -> Option<Reply> {
         match self {
             Self::Refused { reply, .. } => Some(*reply),
