@@ -427,7 +427,7 @@ mod tls {
     //! TLS with the server and with the proxy.
 
     use super::*;
-    use crate::outbound::tls::{default_config, handshake};
+    use crate::outbound::tls::handshake;
     use tokio::io::{AsyncRead, AsyncWrite};
     use tokio_rustls::client::TlsStream;
 
@@ -442,8 +442,7 @@ mod tls {
         attempt: &Attempt,
         plain: Plain,
     ) -> Result<Secured, DialError> {
-        let config = shell.settings.tls.clone();
-        let config = config.unwrap_or_else(|| default_config(&[]));
+        let config = shell.settings.tls();
         let host: Arc<str> = (*origin.host).into();
         let (stream, h2) = match plain {
             Plain::Tcp(tcp) => {
@@ -495,10 +494,7 @@ mod tls {
         plain: Plain,
     ) -> Result<Box<dyn crate::transport::io::Duplex>, DialError> {
         // A proxy is spoken to in HTTP/1.1.
-        let mut config = match &shell.settings.tls {
-            Some(config) => (**config).clone(),
-            None => (*default_config(&[])).clone(),
-        };
+        let mut config = (*shell.settings.tls()).clone();
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         let host = proxy.host();
         let io: Box<dyn crate::transport::io::Duplex> = match plain {
