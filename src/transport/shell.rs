@@ -125,6 +125,7 @@ struct After {
     closes: SmallVec<
         [(
             Arc<Connection>,
+            Arc<Tap>,
             Option<Sender>,
             CloseReason,
             Option<ClosedBy>,
@@ -515,7 +516,7 @@ impl Shell {
     }
 
     fn after(self: &Arc<Self>, after: After) {
-        for (connection, sender, reason, by) in after.closes {
+        for (connection, tap, sender, reason, by) in after.closes {
             if let Some(by) = by {
                 connection.moment(Moment::LimitHit {
                     limit: by.limit,
@@ -526,6 +527,7 @@ impl Shell {
             say_why(&connection, reason);
             // hyper shuts the connection down when nobody can send on it.
             drop(sender);
+            tap.closing.notify_one();
         }
         for stop in after.stops {
             stop.notify_one();
@@ -680,8 +682,9 @@ impl State {
             }
             Output::Close(conn, reason, by) => {
                 if let Some(handle) = self.handle(conn) {
-                    let (record, sender) = (handle.record.clone(), handle.sender.take());
-                    after.closes.push((record, sender, reason, by));
+                    let (record, tap) = (handle.record.clone(), handle.tap.clone());
+                    let sender = handle.sender.take();
+                    after.closes.push((record, tap, sender, reason, by));
                 }
             }
             Output::Arm(at) => {
