@@ -189,6 +189,10 @@ impl TransportError {
             | TransportErrorKind::ResponseHeaderTimeout { .. } => FailureReason::TimedOut,
             TransportErrorKind::Dial(error) => error.reason(),
             TransportErrorKind::Proxy(error) => classify(&***error),
+            // A ping that was not answered.
+            TransportErrorKind::ConnectionClosed(error) if error.is_timeout() => {
+                FailureReason::TimedOut
+            }
             TransportErrorKind::ConnectionClosed(error) => match classify(&**error) {
                 // An end of stream in the middle of something is no better than a reset.
                 FailureReason::Other => FailureReason::ConnectionReset,
