@@ -120,6 +120,19 @@ impl<T> TrackedIo<T> {
         &mut self.io
     }
 
+    /// Shuts down without a word about why: whoever drives the connection knows better.
+    #[cfg(feature = "transport")]
+    pub(crate) fn poll_shutdown_unsaid(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<()>>
+    where
+        T: AsyncWrite,
+    {
+        let this = self.project();
+        note_done(this.guard, this.io.poll_shutdown(cx))
+    }
+
     /// Changes the stream inside, as for a TLS handshake over it; the tracking goes on.
     pub fn map<U>(self, wrap: impl FnOnce(T) -> U) -> TrackedIo<U> {
         // It may be dropped or swapped, as above.

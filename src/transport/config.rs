@@ -8,6 +8,8 @@ use crate::Resolve;
 use crate::config::ConfigError;
 use crate::observer::{Composed, Observer};
 use crate::outbound::dialer::DialerBuilder;
+#[cfg(feature = "tls")]
+use crate::outbound::tls::default_config;
 use crate::record::Recorder;
 use crate::record::pool::PoolLimits;
 use crate::socket::Keepalive;
@@ -27,6 +29,18 @@ pub enum HttpVersions {
     /// HTTP/2 only: over TLS by ALPN, and in clear text with prior knowledge (RFC 9113,
     /// section 3.3).
     Http2,
+}
+
+#[cfg(feature = "tls")]
+impl HttpVersions {
+    /// What is offered to the server.
+    const fn alpn(self) -> &'static [&'static [u8]] {
+        match self {
+            Self::Auto => &[b"h2", b"http/1.1"],
+            Self::Http1 => &[b"http/1.1"],
+            Self::Http2 => &[b"h2"],
+        }
+    }
 }
 
 /// Which idle connection is used first.
@@ -61,6 +75,13 @@ pub(crate) struct Settings {
 }
 
 impl Settings {
+    #[cfg(feature = "tls")]
+    pub(crate) fn tls(&self) -> Arc<rustls::ClientConfig> {
+        // It is there since `build`.
+        let config = self.tls.clone();
+        config.unwrap_or_else(|| default_config(self.versions.alpn()))
+    }
+
     pub(crate) const fn pool_limits(&self) -> PoolLimits {
         PoolLimits {
             max_conns_per_host: self.limits.max_conns_per_host,
@@ -414,18 +435,17 @@ impl TransportBuilder {
     /// through, a per-host limit over the limit it is part of, a bad name, a bad proxy.
     pub fn build(mut self) -> Result<Transport, ConfigError> {
         self.check()?;
+        #[cfg(feature = "tls")]
+        {
+            // Made once: its session tickets serve all connections.
+            let tls = with_alpn(self.settings.tls.take(), self.settings.versions)?;
+            self.settings.tls = Some(tls);
+        }
         self.settings.proxies = match self.proxies {
             Some(proxies) => proxies.build()?,
             None if self.from_env && self.settings.unix.is_none() => Proxies::try_from_env()?,
             None => Proxies::none(),
         };
-        #[cfg(feature = "tls")]
-        {
-            // Made once: its session tickets serve all connections.
-            let config = self.settings.tls.take();
-            let config = config.unwrap_or_else(|| crate::outbound::tls::default_config(&[]));
-            self.settings.tls = Some(with_alpn(config, self.settings.versions));
-        }
         let dialer = self.dialer.timeout(self.connect_timeout).build()?;
         Ok(Transport::new(
             dialer,
@@ -531,23 +551,43 @@ impl TransportBuilder {
     }
 }
 
-/// The configuration with the protocols that may be spoken.
+/// The TLS configuration offers the versions that are spoken; one with ALPN protocols of its own
+/// stays as it is.
 #[cfg(feature = "tls")]
 fn with_alpn(
-    mut config: Arc<rustls::ClientConfig>,
+    config: Option<Arc<rustls::ClientConfig>>,
     versions: HttpVersions,
-) -> Arc<rustls::ClientConfig> {
-    let protocols: &[&[u8]] = match versions {
-        HttpVersions::Auto if !config.alpn_protocols.is_empty() => return config,
-        HttpVersions::Auto => &[b"h2", b"http/1.1"],
-        HttpVersions::Http1 => &[b"http/1.1"],
-        HttpVersions::Http2 => &[b"h2"],
+) -> Result<Arc<rustls::ClientConfig>, ConfigError> {
+    let Some(config) = config else {
+        return Ok(default_config(versions.alpn()));
     };
-    let protocols: Vec<_> = protocols.iter().map(|name| name.to_vec()).collect();
-    if config.alpn_protocols != protocols {
-        Arc::make_mut(&mut config).alpn_protocols = protocols;
+    if config.alpn_protocols.is_empty() {
+        let mut config = (*config).clone();
+        let names = versions.alpn().iter();
+        config.alpn_protocols = names.map(|name| name.to_vec()).collect();
+        return Ok(Arc::new(config));
     }
-    config
+    // What is offered may be chosen, and then it must be spoken.
+    let h2 = config.alpn_protocols.iter().any(|name| name == b"h2");
+    let help = match versions {
+        HttpVersions::Http1 if h2 => {
+            "http_versions is Http1, but the server may choose h2; take h2 out, leave the list empty, or allow HTTP/2"
+        }
+        HttpVersions::Http2 if !h2 => {
+            "http_versions is Http2, but no server can choose h2; add h2, leave the list empty, or allow HTTP/1"
+        }
+        _ => return Ok(config),
+    };
+    let names: Vec<_> = config
+        .alpn_protocols
+        .iter()
+        .map(|name| String::from_utf8_lossy(name))
+        .collect();
+    Err(ConfigError::new(
+        "tls alpn_protocols",
+        &names.join(", "),
+        help,
+    ))
 }
 
 impl fmt::Debug for TransportBuilder {

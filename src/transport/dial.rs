@@ -9,12 +9,13 @@
 use std::future::Future;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
-use std::pin::pin;
-use std::sync::{Arc, OnceLock};
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::Notify;
 
 use crate::event::{
@@ -22,12 +23,12 @@ use crate::event::{
 };
 use crate::io::{Endpoints, TrackedIo};
 use crate::outbound::dialer::{DialError, settle};
-use crate::record::Connection;
 use crate::record::recorder::Attempt;
+use crate::record::{Connection, lock};
 use crate::transport::config::HttpVersions;
 use crate::transport::io::{ConnIo, Stream, Tap};
 use crate::transport::key::Origin;
-use crate::transport::lease::Sender;
+use crate::transport::lease::{GRACE, Sender};
 use crate::transport::pool::{ConnIx, DialIx};
 use crate::transport::proxy::{self, Proxy, ProxyError, Route};
 use crate::transport::shell::Shell;
@@ -159,7 +160,8 @@ async fn run(mut permit: DialPermit, origin: Arc<Origin>, stop: Arc<Notify>) {
     };
     let failed = if h2 {
         let settings = &shell.settings;
-        let mut builder = http2::Builder::new(TokioExecutor::new());
+        let executor = H2Executor::default();
+        let mut builder = http2::Builder::new(executor.clone());
         builder.timer(TokioTimer::new());
         if let Some((interval, timeout)) = settings.keep_alive_ping {
             builder
@@ -169,10 +171,12 @@ async fn run(mut permit: DialPermit, origin: Arc<Origin>, stop: Arc<Notify>) {
         }
         match builder.handshake(io).await {
             Ok((sender, driver)) => {
-                let dial = permit.dial.take();
-                handed.over(dial, Sender::H2(sender), |at| {
-                    drive_h2(shell.clone(), record.clone(), at, driver)
-                });
+                if let Some(io) = executor.take_io() {
+                    let (dial, tap) = (permit.dial.take(), handed.tap.clone());
+                    handed.over(dial, Sender::H2(sender), |at| {
+                        drive_h2(shell.clone(), record.clone(), tap, at, driver, io)
+                    });
+                }
                 None
             }
             Err(error) => Some(error),
@@ -181,12 +185,9 @@ async fn run(mut permit: DialPermit, origin: Arc<Origin>, stop: Arc<Notify>) {
         match http1::Builder::new().handshake(io).await {
             Ok((sender, driver)) => {
                 let dial = permit.dial.take();
-                let record = record.clone();
-                handed.over(dial, Sender::H1(sender), |_| async move {
-                    let driver = driver.with_upgrades();
-                    if let Err(error) = driver.await {
-                        note(&record, &error);
-                    }
+                let (record, tap) = (record.clone(), handed.tap.clone());
+                handed.over(dial, Sender::H1(sender), |_| {
+                    drive_h1(record, tap, driver.with_upgrades())
                 });
                 None
             }
@@ -248,36 +249,143 @@ fn lifetime(shell: &Shell) -> Option<Duration> {
     Some(most.mul_f64(1.0 - shell.settings.lifetime_jitter * chance))
 }
 
-async fn drive_h2<D>(shell: Arc<Shell>, record: Arc<Connection>, conn: ConnIx, driver: D)
+/// Drives a connection until hyper is done with it, or for a bounded time once it is to be closed:
+/// its peer may never take what is still to be written. The socket is closed when the driver is
+/// dropped.
+async fn drive<D>(tap: &Tap, mut driver: Pin<&mut D>) -> Result<(), hyper::Error>
+where
+    D: Future<Output = Result<(), hyper::Error>>,
+{
+    tokio::select! {
+        biased;
+        ended = &mut driver => ended,
+        () = tap.closing.notified() => {
+            let ended = tokio::time::timeout(GRACE, driver).await;
+            ended.unwrap_or(Ok(()))
+        }
+    }
+}
+
+/// Waits for a bounded time until why a connection ended is known: hyper ends it in the same moment
+/// in which it tells its requests, and only those are told why.
+async fn said(record: &Connection, tap: &Tap) {
+    let said = async {
+        while record.hinted().is_none() && record.in_flight() > 0 {
+            tap.given_back.notified().await;
+        }
+    };
+    let _ = tokio::time::timeout(GRACE, said).await;
+}
+
+async fn drive_h1<D>(record: Arc<Connection>, tap: Arc<Tap>, driver: D)
 where
     D: Future<Output = Result<(), hyper::Error>>,
 {
     let mut driver = pin!(driver);
+    if let Err(error) = drive(&tap, driver.as_mut()).await {
+        note(&record, &error);
+    }
+    said(&record, &tap).await;
+    if tap.is_shut() {
+        // In good order, after a last response.
+        let reason = CloseReason::ConnectionClose;
+        record.hint(reason, reason.initiator());
+    }
+}
+
+/// Drives a connection until hyper is done with it; `io` is the half that has the socket.
+async fn drive_h2<D>(
+    shell: Arc<Shell>,
+    record: Arc<Connection>,
+    tap: Arc<Tap>,
+    conn: ConnIx,
+    requests: D,
+    mut io: BoxFuture,
+) where
+    D: Future<Output = Result<(), hyper::Error>>,
+{
+    let pings = shell.settings.keep_alive_ping.is_some();
     let weak = Arc::downgrade(&shell);
     drop(shell);
-    let ended = tokio::select! {
-        biased;
-        ended = &mut driver => ended,
-        () = tokio::time::sleep(SETTINGS_WAIT) => {
-            if let Some(shell) = weak.upgrade() {
-                shell.unsettled(conn, RECOMMENDED_STREAMS);
-            }
-            driver.await
+    let settings = async {
+        tokio::time::sleep(SETTINGS_WAIT).await;
+        if let Some(shell) = weak.upgrade() {
+            shell.unsettled(conn, RECOMMENDED_STREAMS);
         }
+        std::future::pending().await
+    };
+    let ended = {
+        let both = async {
+            tokio::select! {
+                biased;
+                ended = requests => {
+                    io.as_mut().await;
+                    ended
+                }
+                () = io.as_mut() => Ok(()),
+                never = settings => never,
+            }
+        };
+        drive(&tap, pin!(both)).await
     };
     if let Err(error) = ended {
         note(&record, &error);
+    }
+    let reason = if tap.is_shut() {
+        // Nobody asked it to, or the reason would be known: h2 does not go on with this peer.
+        said(&record, &tap).await;
+        CloseReason::ProtocolError
+    } else if pings {
+        // It is dropped without a word when a ping is not answered.
+        CloseReason::KeepAliveTimeout
+    } else {
+        return;
+    };
+    record.hint(reason, reason.initiator());
+}
+
+type BoxFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// Runs what hyper starts for an HTTP/2 connection. The first is the half that has the socket: it is
+/// kept until the pool knows the connection, so that its end can't come first, and is driven like
+/// HTTP/1's.
+#[derive(Clone, Default)]
+struct H2Executor(Arc<(AtomicBool, Mutex<Option<BoxFuture>>)>);
+
+impl H2Executor {
+    fn take_io(&self) -> Option<BoxFuture> {
+        lock(&self.0.1).take()
+    }
+}
+
+impl<F> hyper::rt::Executor<F> for H2Executor
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    fn execute(&self, future: F) {
+        let (begun, io) = &*self.0;
+        // Relaxed: the first call comes from the handshake, before there are others.
+        if begun.load(Relaxed) || begun.swap(true, Relaxed) {
+            tokio::spawn(future);
+        } else {
+            *lock(io) = Some(Box::pin(future));
+        }
     }
 }
 
 /// Keeps why a connection is about to end, as far as hyper knows; what the stream saw came first.
 fn note(record: &Connection, error: &hyper::Error) {
     let h2 = std::error::Error::source(error).and_then(|e| e.downcast_ref::<h2::Error>());
+    let from_io = std::error::Error::source(error).is_some_and(|e| e.is::<io::Error>());
     let reason = if error.is_timeout() {
         CloseReason::KeepAliveTimeout
     } else if h2.is_some_and(|e| e.is_remote() && e.is_go_away()) {
         CloseReason::Goaway
-    } else if error.is_parse() || h2.is_some_and(|e| !e.is_io()) {
+    } else if error.is_parse()
+        || h2.is_some_and(|e| !e.is_io())
+        // What else hyper ends an HTTP/1 connection for: bytes that nobody asked for.
+        || h2.is_none() && !from_io && !error.is_user() && !error.is_canceled()
+    {
         CloseReason::ProtocolError
     } else {
         return;
@@ -439,14 +547,9 @@ mod tls {
     //! TLS with the server and with the proxy.
 
     use super::*;
-    use crate::outbound::tls::{default_config, handshake};
+    use crate::outbound::tls::handshake;
     use tokio::io::{AsyncRead, AsyncWrite};
     use tokio_rustls::client::TlsStream;
-
-    fn config(shell: &Shell) -> Arc<rustls::ClientConfig> {
-        let config = shell.settings.tls.clone();
-        config.unwrap_or_else(|| default_config(&[]))
-    }
 
     /// What the server chose.
     fn negotiated<T>(stream: &TlsStream<T>) -> Option<&[u8]> {
@@ -459,7 +562,7 @@ mod tls {
         attempt: &Attempt,
         plain: Plain,
     ) -> Result<Secured, DialError> {
-        let config = config(shell);
+        let config = shell.settings.tls();
         let host: Arc<str> = (*origin.host).into();
         let (stream, h2) = match plain {
             Plain::Tcp(tcp) => {
@@ -511,7 +614,7 @@ mod tls {
         plain: Plain,
     ) -> Result<Box<dyn crate::transport::io::Duplex>, DialError> {
         // A proxy is spoken to in HTTP/1.1.
-        let mut config = (*config(shell)).clone();
+        let mut config = (*shell.settings.tls()).clone();
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         let host = proxy.host();
         let io: Box<dyn crate::transport::io::Duplex> = match plain {

@@ -82,6 +82,9 @@ pub enum TransportErrorKind {
     /// The request's own body failed.
     #[error("the request's body failed: {0}")]
     RequestBody(Arc<hyper::Error>),
+    /// The server ended the request's HTTP/2 stream; the connection goes on.
+    #[error("the server reset the request's stream: {0}")]
+    StreamReset(Arc<hyper::Error>),
     /// The pool was shut down.
     #[error("the transport was shut down")]
     Closed,
@@ -135,6 +138,8 @@ impl TransportError {
             TransportErrorKind::RequestBody(error)
         } else if error.is_parse() || broke_protocol(&error) {
             TransportErrorKind::Protocol(error)
+        } else if is_reset_by_peer(&error) {
+            TransportErrorKind::StreamReset(error)
         } else {
             TransportErrorKind::ConnectionClosed(error)
         };
@@ -185,8 +190,17 @@ impl TransportError {
             | TransportErrorKind::ResponseHeaderTimeout { .. } => FailureReason::TimedOut,
             TransportErrorKind::Dial(error) => error.reason(),
             TransportErrorKind::Proxy(error) => classify(&***error),
+            // A ping that was not answered.
+            TransportErrorKind::ConnectionClosed(error) if error.is_timeout() => {
+                FailureReason::TimedOut
+            }
+            TransportErrorKind::ConnectionClosed(error) => match classify(&**error) {
+                // An end of stream in the middle of something is no better than a reset.
+                FailureReason::Other => FailureReason::ConnectionReset,
+                reason => reason,
+            },
             TransportErrorKind::Protocol(error)
-            | TransportErrorKind::ConnectionClosed(error)
+            | TransportErrorKind::StreamReset(error)
             | TransportErrorKind::RequestBody(error) => classify(&**error),
             TransportErrorKind::Closed | TransportErrorKind::Cancelled => FailureReason::Cancelled,
             TransportErrorKind::QueueFull { .. } => FailureReason::Other,
@@ -215,6 +229,11 @@ fn broke_protocol(error: &hyper::Error) -> bool {
     let h2 = std::error::Error::source(error).and_then(|e| e.downcast_ref::<h2::Error>());
     h2.is_some_and(|e| !e.is_io() && !e.is_go_away() && !e.is_reset())
         || h2.is_some_and(|e| e.is_library() && (e.is_go_away() || e.is_reset()))
+}
+
+fn is_reset_by_peer(error: &hyper::Error) -> bool {
+    let h2 = std::error::Error::source(error).and_then(|e| e.downcast_ref::<h2::Error>());
+    h2.is_some_and(|e| e.is_reset() && e.is_remote())
 }
 
 /// Scheme, host and port: no path, no query, no user.
@@ -258,6 +277,7 @@ impl std::error::Error for TransportError {
             TransportErrorKind::Proxy(error) => Some(&***error),
             TransportErrorKind::Protocol(error)
             | TransportErrorKind::ConnectionClosed(error)
+            | TransportErrorKind::StreamReset(error)
             | TransportErrorKind::RequestBody(error) => Some(&**error),
             _ => None,
         }

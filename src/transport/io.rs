@@ -8,12 +8,13 @@
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::sync::Notify;
 
 use crate::event::{CloseReason, Endpoint, PoolEventKind, RequestId};
 use crate::io::{Endpoints, TrackedIo};
@@ -126,7 +127,7 @@ const FIRST_BYTE: u8 = 4;
 /// There is no body whose end would be waited for.
 const NO_BODY: u8 = 8;
 
-/// What the stream tells the pool.
+/// What the stream tells the pool, and what its driver and its request tell each other at the end.
 #[derive(Debug, Default)]
 pub(crate) struct Tap {
     /// The moments that hooks wait for. The connection's task and its request change it in turns;
@@ -134,6 +135,14 @@ pub(crate) struct Tap {
     armed: AtomicU8,
     request: Mutex<Option<RequestId>>,
     owner: OnceLock<(Weak<Shell>, ConnIx)>,
+    /// It is to be closed: the pool said so.
+    pub(crate) closing: Notify,
+    /// A request gave the connection back, and has said why if it knows.
+    pub(crate) given_back: Notify,
+    /// hyper shut it down. Relaxed, as only its driver looks, which is in the same task.
+    shut: AtomicBool,
+    /// It is a request's own: who shuts it down is its user. Relaxed, because the user has it after.
+    upgraded: AtomicBool,
 }
 
 impl Tap {
@@ -160,6 +169,15 @@ impl Tap {
         if self.armed.swap(0, Relaxed) != 0 {
             *lock(&self.request) = None;
         }
+    }
+
+    pub(crate) fn upgraded(&self) {
+        self.upgraded.store(true, Relaxed);
+    }
+
+    /// Whether hyper shut it down.
+    pub(crate) fn is_shut(&self) -> bool {
+        self.shut.load(Relaxed)
     }
 
     /// Tells of a moment if a hook waits for it.
@@ -269,7 +287,11 @@ impl AsyncWrite for ConnIo {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
+        if self.tap.upgraded.load(Relaxed) {
+            return Pin::new(&mut self.io).poll_shutdown(cx);
+        }
+        self.tap.shut.store(true, Relaxed);
+        Pin::new(&mut self.io).poll_shutdown_unsaid(cx)
     }
 
     fn poll_write_vectored(

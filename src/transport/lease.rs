@@ -8,6 +8,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::Uri;
 use http_body::Body;
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
@@ -16,14 +17,14 @@ use crate::event::{CloseReason, Initiator, RequestId};
 use crate::record::Connection;
 use crate::record::handle::RequestGuard;
 use crate::transport::body::{Refusal, SendBody};
-use crate::transport::error::TransportError;
+use crate::transport::error::{TransportError, target_of};
 use crate::transport::io::Tap;
 use crate::transport::pool::{Back, ConnIx};
 use crate::transport::shell::Shell;
 
 /// How long a response that nobody reads is drained, and how long an answered request may go on
-/// being written: Go waits 50 ms.
-const GRACE: Duration = Duration::from_millis(100);
+/// being written, and a connection being closed: Go waits 50 ms.
+pub(crate) const GRACE: Duration = Duration::from_millis(100);
 
 /// The sending side of a connection.
 pub(crate) enum Sender {
@@ -41,10 +42,11 @@ pub(crate) struct Held {
     pub(crate) shell: Arc<Shell>,
     pub(crate) conn: ConnIx,
     pub(crate) request: RequestId,
+    /// What was asked for, to name it in errors.
+    pub(crate) uri: Uri,
     pub(crate) sender: Sender,
     pub(crate) guard: RequestGuard,
-    /// Of a request with hooks.
-    pub(crate) tap: Option<Arc<Tap>>,
+    pub(crate) tap: Arc<Tap>,
     /// It serves no further request: the one or the other side said so.
     pub(crate) last: bool,
     /// Of a request whose body was not asked for.
@@ -72,7 +74,7 @@ impl Lease {
         let Some(held) = self.held.take() else {
             return TransportError::of_hyper(error, String::new());
         };
-        let target = held.target();
+        let target = target_of(&held.uri);
         let id = held.guard.connection().id;
         held.failed(&error);
         TransportError::of_hyper(error, target).on(id).sent(true)
@@ -102,6 +104,7 @@ impl Lease {
     pub(crate) fn upgraded(mut self) {
         if let Some(held) = self.held.take() {
             held.disarm();
+            held.tap.upgraded();
             held.shell.hijacked(held.conn);
             held.guard.stay_active();
         }
@@ -143,14 +146,9 @@ impl Drop for Lease {
 }
 
 impl Held {
-    fn target(&self) -> String {
-        let target = self.guard.connection().target.as_ref();
-        target.map(ToString::to_string).unwrap_or_default()
-    }
-
     fn disarm(&self) {
-        if let Some(tap) = &self.tap {
-            tap.disarm();
+        if matches!(self.sender, Sender::H1(_)) {
+            self.tap.disarm();
         }
     }
 
@@ -190,7 +188,15 @@ impl Held {
     }
 
     fn failed(self, error: &hyper::Error) {
-        let reason = if error.is_parse() {
+        let reason = if error.is_timeout() {
+            let reason = CloseReason::KeepAliveTimeout;
+            self.guard.connection().hint(reason, reason.initiator());
+            reason
+        } else if matches!(self.sender, Sender::H2(_)) && gave_up(error) {
+            let reason = CloseReason::ProtocolError;
+            self.guard.connection().hint(reason, reason.initiator());
+            reason
+        } else if error.is_parse() {
             self.hint(CloseReason::ProtocolError);
             CloseReason::ProtocolError
         } else if error.is_user() && !error.is_canceled() {
@@ -224,12 +230,14 @@ impl Held {
             sender,
             guard,
             refusal,
+            tap,
             ..
         } = self;
         // The reason is known by now: hyper closes the connection, or resets the stream, with it.
         drop(refusal);
         // The record's idle comes before the pool's, so that nobody finds it active.
         drop(guard);
+        tap.given_back.notify_one();
         match (sender, back) {
             (Sender::H1(sender), Back::Reusable) => {
                 shell.returned(conn, request, Some(sender), back);
@@ -246,6 +254,12 @@ impl Held {
 fn is_reset(error: &hyper::Error) -> bool {
     let h2 = std::error::Error::source(error).and_then(|e| e.downcast_ref::<h2::Error>());
     h2.is_some_and(h2::Error::is_reset)
+}
+
+/// Whether this side ended the whole HTTP/2 connection, for its peer's fault.
+fn gave_up(error: &hyper::Error) -> bool {
+    let h2 = std::error::Error::source(error).and_then(|e| e.downcast_ref::<h2::Error>());
+    h2.is_some_and(|e| e.is_library() && e.is_go_away())
 }
 
 /// Waits until the connection can serve again, for a bounded time.

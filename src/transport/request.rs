@@ -236,9 +236,10 @@ impl Errand<'_> {
             shell: self.shell.clone(),
             conn: grant.conn,
             request: grant.request,
+            uri: self.uri.clone(),
             sender,
             guard: RequestGuard::new(record.clone()),
-            tap: h1.then_some(tap),
+            tap,
             last,
             refusal: None,
         });
@@ -543,7 +544,8 @@ fn unprocessed(error: &hyper::Error) -> bool {
     let h2 = std::error::Error::source(error).and_then(|e| e.downcast_ref::<h2::Error>());
     h2.is_some_and(|e| {
         let reason = e.reason();
-        e.is_remote() && e.is_reset() && reason == Some(h2::Reason::REFUSED_STREAM)
-            || e.is_remote() && e.is_go_away() && reason == Some(h2::Reason::NO_ERROR)
+        // A GOAWAY, whatever its error, ends only the streams after the last that it names.
+        e.is_remote()
+            && (e.is_go_away() || e.is_reset() && reason == Some(h2::Reason::REFUSED_STREAM))
     })
 }

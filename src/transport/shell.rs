@@ -143,6 +143,7 @@ struct Begin {
 /// A connection to close.
 struct End {
     connection: Arc<Connection>,
+    tap: Arc<Tap>,
     sender: Option<Sender>,
     reason: CloseReason,
     by: Option<ClosedBy>,
@@ -588,6 +589,7 @@ impl Shell {
         for end in after.closes {
             let End {
                 connection,
+                tap,
                 sender,
                 reason,
                 by,
@@ -602,6 +604,7 @@ impl Shell {
             say_why(&connection, reason);
             // hyper shuts the connection down when nobody can send on it.
             drop(sender);
+            tap.closing.notify_one();
         }
         for stop in after.stops {
             stop.notify_one();
@@ -793,6 +796,7 @@ impl State {
                 if let Some(handle) = self.handle(conn) {
                     after.closes.push(End {
                         connection: handle.record.clone(),
+                        tap: handle.tap.clone(),
                         sender: handle.sender.take(),
                         reason,
                         by,
