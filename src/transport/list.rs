@@ -31,6 +31,16 @@ impl Link {
     pub(crate) const fn is_on(&self) -> bool {
         self.on
     }
+
+    /// The entry before this one.
+    pub(crate) fn prev(&self) -> Option<u32> {
+        (self.prev != NONE).then_some(self.prev)
+    }
+
+    /// The entry after this one.
+    pub(crate) fn next(&self) -> Option<u32> {
+        (self.next != NONE).then_some(self.next)
+    }
 }
 
 /// A list; `link` says which of an entry's links is its.

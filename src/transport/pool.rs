@@ -42,7 +42,7 @@ use crate::transport::list::{Link, List};
 const SNAPSHOT_KEYS: usize = 32;
 /// How many active connections a snapshot lists.
 const SNAPSHOT_ACTIVE: usize = 64;
-/// How many connections are looked through for holders at a limit hit.
+/// How many connections, and requests on them, are looked through at a limit hit for those to link.
 const HOLDER_SCAN: usize = 64;
 
 /// What the pool is held to. `None` is no limit.
@@ -150,7 +150,6 @@ pub(crate) struct Grant {
     pub(crate) conn: ConnIx,
     pub(crate) request: RequestId,
     pub(crate) reused: bool,
-    pub(crate) idle_time: Option<Duration>,
 }
 
 /// What the shell has to do.
@@ -460,7 +459,9 @@ impl Pool {
 
     /// A request is done with its connection.
     pub(crate) fn returned(&mut self, conn: ConnIx, request: RequestId, back: Back, now: Now) {
-        let Some(c) = self.conn(conn) else { return };
+        let Some(c) = self.conn(conn).filter(|c| !c.hijacked) else {
+            return;
+        };
         let Some(holder) = c.holders.iter().position(|(r, ..)| *r == request) else {
             return;
         };
@@ -480,7 +481,11 @@ impl Pool {
             }
             Back::Reusable => {}
         }
-        let spent = c.retired;
+        if c.expires.is_some_and(|at| at <= now.mono) {
+            // The alarm is late.
+            c.retired.get_or_insert(CloseReason::MaxLifetime);
+        }
+        let spent = c.retired.or_else(|| self.useless(conn.at));
         self.hosts[self.keys[key as usize].host as usize].in_use -= 1;
         self.emit(key, Some(id), who, now, Row::put(spent), || {
             PoolEventKind::PutIdleConn { reason: spent }
@@ -587,7 +592,6 @@ impl Pool {
                 }
             }
         }
-        self.serve_slots(key, now);
         self.seek_all(key, now);
         self.gone_if_unused(key);
     }
@@ -624,7 +628,6 @@ impl Pool {
         }
         self.keys[key as usize].permits -= 1;
         self.permits -= 1;
-        self.serve_slots(key, now);
         self.seek_all(key, now);
         self.forget(conn.at);
     }
@@ -662,8 +665,11 @@ impl Pool {
         }
         c.max_streams = max;
         let (key, live) = (c.key, matches!(c.state, State::Active | State::Idle));
+        let expired = c.expires.is_some_and(|at| at <= now.mono);
         self.unsettle(conn.at);
-        if live {
+        if live && expired {
+            self.retire(conn, CloseReason::MaxLifetime, now);
+        } else if live {
             self.feed(conn.at, None, now);
             self.seek_all(key, now);
         }
@@ -742,6 +748,7 @@ impl Pool {
     }
 
     /// Every connection that is not closed, whatever its state.
+    #[cfg(test)]
     pub(crate) fn connections(&self) -> impl Iterator<Item = ConnIx> + '_ {
         self.conns
             .iter()
@@ -795,7 +802,11 @@ impl Pool {
             return;
         }
         if Self::shares(k) {
-            self.waiters[waiter as usize].reason = WaitReason::SharedDial;
+            let w = &mut self.waiters[waiter as usize];
+            // The limit, if it was hit, tells more.
+            if w.reason == WaitReason::NoIdleConnection {
+                w.reason = WaitReason::SharedDial;
+            }
             return;
         }
         match self.limits.max_conns_per_host {
@@ -819,10 +830,13 @@ impl Pool {
         }
     }
 
-    /// Finds dials for all waiters of a key that have none and are in no queue for a slot.
+    /// Finds dials for all waiters of a key that have none.
     fn seek_all(&mut self, key: u32, now: Now) {
+        // A slot may be free for long, but what was under way would have served many.
+        self.serve_slots(key, now);
         let k = &self.keys[key as usize];
-        if k.waiting.len() == k.dialers + k.slots.len() {
+        let settled = k.waiting.len() == k.dialers + k.slots.len();
+        if settled || Self::shares(k) && k.orphans.is_empty() {
             return;
         }
         let mut next = k.waiting.front();
@@ -880,7 +894,9 @@ impl Pool {
         for _ in 0..HOLDER_SCAN {
             let Some(conn) = next else { break };
             next = List::after(&mut self.conns, conn, |c| &mut c.of_key);
-            found.extend(self.conns[conn as usize].holders.iter().filter_map(|h| h.1));
+            let room = HOLDER_SCAN.saturating_sub(found.len());
+            let holders = self.conns[conn as usize].holders.iter();
+            found.extend(holders.filter_map(|h| h.1).take(room));
         }
         let mut next = self.keys[key as usize].waiting.front();
         for _ in 0..HOLDER_SCAN {
@@ -1056,11 +1072,7 @@ impl Pool {
     fn ready(&mut self, key: u32, now: Now) -> Option<u32> {
         loop {
             let k = &self.keys[key as usize];
-            let conn = k.open.front().or(if self.limits.fifo {
-                k.idle.front()
-            } else {
-                k.idle.back()
-            })?;
+            let conn = k.open.front().or_else(|| self.first_idle(key))?;
             let c = &self.conns[conn as usize];
             let reason = if c.expires.is_some_and(|at| at <= now.mono) {
                 CloseReason::MaxLifetime
@@ -1071,15 +1083,30 @@ impl Pool {
                     .is_some_and(|timeout| now.since(&c.idle_since) >= timeout)
             {
                 CloseReason::IdleTimeout
-            } else if c.h2 && c.streams >= c.max_streams {
-                // Idle, and its peer allows no stream at all.
-                return None;
             } else {
                 return Some(conn);
             };
             let serial = c.serial;
             self.retire(ConnIx { at: conn, serial }, reason, now);
         }
+    }
+
+    /// The idle connection to use first.
+    fn first_idle(&self, key: u32) -> Option<u32> {
+        let idle = &self.keys[key as usize].idle;
+        let (mut next, step): (_, fn(&Link) -> Option<u32>) = if self.limits.fifo {
+            (idle.front(), Link::next)
+        } else {
+            (idle.back(), Link::prev)
+        };
+        // One whose peer allows no stream at all is of no use now.
+        while let Some(c) = next.map(|conn| &self.conns[conn as usize])
+            && c.h2
+            && c.max_streams == 0
+        {
+            next = step(&c.of_key);
+        }
+        next
     }
 
     /// A request has the connection from now on.
@@ -1120,7 +1147,6 @@ impl Pool {
             conn: ConnIx { at: conn, serial },
             request,
             reused,
-            idle_time,
         }
     }
 
@@ -1139,7 +1165,7 @@ impl Pool {
             return;
         }
         if h2 {
-            if unused && !self.keys[key as usize].waiting.is_empty() {
+            if unused && c.max_streams > 0 && !self.keys[key as usize].waiting.is_empty() {
                 self.reused(conn, now);
             }
             self.feed(conn, None, now);
@@ -1199,29 +1225,21 @@ impl Pool {
             self.deliver(waiter, conn, WaitOutcome::DeliveredNew, now);
             return;
         }
-        let c = &self.conns[conn as usize];
-        let (id, requests) = (c.id, c.requests);
-        if self.closed || self.idle_closed {
-            self.close(conn, CloseReason::Shutdown, None);
-            return;
-        }
-        // A spare that was never used may be tried even then: it was dialled for a request.
-        if !self.limits.keep_alive && requests > 0 {
-            self.close(conn, CloseReason::ConnectionClose, None);
-            return;
-        }
+        let id = self.conns[conn as usize].id;
         let idle = self.keys[key as usize].idle.len();
-        if let Some(limit) = self.limits.max_idle_conns_per_host
-            && idle >= limit
-        {
-            let which = PoolLimit::MaxIdleConnsPerHost;
-            self.limit_hit(key, which, limit, Who::default(), Some(id), now);
-            let by = ClosedBy {
-                limit: which,
-                max: limit,
-                idle,
-            };
-            self.close(conn, CloseReason::MaxIdleConnsPerHost, Some(by));
+        if let Some(reason) = self.unwanted(conn) {
+            let limit = self.limits.max_idle_conns_per_host;
+            let by = limit
+                .filter(|_| reason == CloseReason::MaxIdleConnsPerHost)
+                .map(|max| ClosedBy {
+                    limit: PoolLimit::MaxIdleConnsPerHost,
+                    max,
+                    idle,
+                });
+            if let Some(by) = by {
+                self.limit_hit(key, by.limit, by.max, Who::default(), Some(id), now);
+            }
+            self.close(conn, reason, by);
             return;
         }
         let k = &mut self.keys[key as usize];
@@ -1259,6 +1277,33 @@ impl Pool {
             };
             self.evict(oldest, CloseReason::MaxIdleConns, Some(by), now);
         }
+    }
+
+    /// Why a connection that no request has would not be kept idle.
+    fn unwanted(&self, conn: u32) -> Option<CloseReason> {
+        let c = &self.conns[conn as usize];
+        let idle = self.keys[c.key as usize].idle.len();
+        if self.closed || self.idle_closed {
+            Some(CloseReason::Shutdown)
+        } else if !self.limits.keep_alive && c.requests > 0 {
+            // A spare that was never used may be tried even then: it was dialled for a request.
+            Some(CloseReason::ConnectionClose)
+        } else {
+            let limit = self.limits.max_idle_conns_per_host;
+            limit
+                .is_some_and(|limit| idle >= limit)
+                .then_some(CloseReason::MaxIdleConnsPerHost)
+        }
+    }
+
+    /// Why an active connection that has just lost a request will be closed, though it could serve
+    /// another.
+    fn useless(&self, conn: u32) -> Option<CloseReason> {
+        let c = &self.conns[conn as usize];
+        let served = c.max_streams > 0 && !self.keys[c.key as usize].waiting.is_empty();
+        (c.state == State::Active && c.streams == 0 && !served)
+            .then(|| self.unwanted(conn))
+            .flatten()
     }
 
     fn evict(&mut self, conn: u32, reason: CloseReason, by: Option<ClosedBy>, now: Now) {
@@ -1506,3 +1551,6 @@ impl Who {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
