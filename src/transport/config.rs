@@ -29,6 +29,19 @@ pub enum HttpVersions {
     Http2,
 }
 
+#[cfg(feature = "tls")]
+impl HttpVersions {
+    /// What the TLS handshake offers, best first (RFC 7301).
+    fn alpn(self) -> Vec<Vec<u8>> {
+        let names: &[&[u8]] = match self {
+            Self::Auto => &[b"h2", b"http/1.1"],
+            Self::Http1 => &[b"http/1.1"],
+            Self::Http2 => &[b"h2"],
+        };
+        names.iter().map(|name| name.to_vec()).collect()
+    }
+}
+
 /// Which idle connection is used first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Reuse {
@@ -56,6 +69,7 @@ pub(crate) struct Settings {
     pub(crate) retry_idempotent: bool,
     pub(crate) unix: Option<Arc<str>>,
     pub(crate) proxies: Proxies,
+    /// There once it is built, with its ALPN protocols.
     #[cfg(feature = "tls")]
     pub(crate) tls: Option<Arc<rustls::ClientConfig>>,
 }
@@ -416,6 +430,15 @@ impl TransportBuilder {
             None if self.from_env && self.settings.unix.is_none() => Proxies::try_from_env()?,
             None => Proxies::none(),
         };
+        #[cfg(feature = "tls")]
+        {
+            let given = self.settings.tls.take();
+            let mut tls = given.unwrap_or_else(|| crate::outbound::tls::default_config(&[]));
+            if tls.alpn_protocols.is_empty() {
+                Arc::make_mut(&mut tls).alpn_protocols = self.settings.versions.alpn();
+            }
+            self.settings.tls = Some(tls);
+        }
         let dialer = self.dialer.timeout(self.connect_timeout).build()?;
         Ok(Transport::new(
             dialer,
