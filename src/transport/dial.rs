@@ -65,10 +65,12 @@ struct SocketPermit {
     shell: Arc<Shell>,
     record: Arc<Connection>,
     conn: Arc<OnceLock<ConnIx>>,
+    tap: Arc<Tap>,
 }
 
 impl Drop for SocketPermit {
     fn drop(&mut self) {
+        self.tap.gone();
         // Before the pool has it, the dial's permit counts.
         if let Some(conn) = self.conn.get() {
             let closed = self.record.closed.get();
@@ -134,6 +136,7 @@ pub(crate) async fn dial(shell: Arc<Shell>, at: DialIx, origin: Arc<Origin>, sto
         shell: shell.clone(),
         record: record.clone(),
         conn: conn.clone(),
+        tap: tap.clone(),
     };
     let io = TrackedIo::new(connected.stream, guard)
         .over(|stream| stream)

@@ -8,10 +8,12 @@
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicBool, AtomicU8};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::task::{Context, Poll};
 
+use futures_util::task::AtomicWaker;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
@@ -134,12 +136,32 @@ pub(crate) struct Tap {
     armed: AtomicU8,
     request: Mutex<Option<RequestId>>,
     owner: OnceLock<(Weak<Shell>, ConnIx)>,
+    /// The socket is closed. Release and acquire: who sees it is woken by who closed it.
+    gone: AtomicBool,
+    waits: AtomicWaker,
 }
 
 impl Tap {
     /// From now on the connection is the pool's.
     pub(crate) fn belongs(&self, shell: &Arc<Shell>, conn: ConnIx) {
         let _ = self.owner.set((Arc::downgrade(shell), conn));
+    }
+
+    /// The socket is closed.
+    pub(crate) fn gone(&self) {
+        self.gone.store(true, Release);
+        self.waits.wake();
+    }
+
+    /// Waits until the socket is closed; for one at a time.
+    pub(crate) fn poll_gone(&self, cx: &Context<'_>) -> Poll<()> {
+        // Registered before it is looked at: no wake-up is lost.
+        self.waits.register(cx.waker());
+        if self.gone.load(Acquire) {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
     }
 
     /// A request with hooks is about to be sent on this HTTP/1 connection.
