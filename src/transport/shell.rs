@@ -744,7 +744,9 @@ struct Clock {
 impl Clock {
     fn arm(self: &Arc<Self>, shell: &Arc<Shell>, at: Duration) {
         let at = u64::try_from(at.as_nanos()).unwrap_or(u64::MAX - 1) + 1;
-        self.next.store(at, Relaxed);
+        // Times come here after unlock, in any order: the earliest counts. Too early does no harm.
+        let earlier = |next| (next == 0 || at < next).then_some(at);
+        let _ = self.next.fetch_update(Relaxed, Relaxed, earlier);
         let mut task = lock(&self.task);
         // Its runtime may be gone while the transport lives on in another.
         if task.as_ref().is_none_or(JoinHandle::is_finished) {
