@@ -139,6 +139,9 @@ pub(crate) struct Tap {
     /// The socket is closed. Release and acquire: who sees it is woken by who closed it.
     gone: AtomicBool,
     waits: AtomicWaker,
+    /// The transport was shut down, and its time is over. Likewise.
+    cut: AtomicBool,
+    reads: AtomicWaker,
 }
 
 impl Tap {
@@ -151,6 +154,27 @@ impl Tap {
     pub(crate) fn gone(&self) {
         self.gone.store(true, Release);
         self.waits.wake();
+    }
+
+    /// Ends the stream: whoever reads or writes next gets an error, and who waits to read gets it now.
+    /// It is the only way to the task that hyper gives an HTTP/2 connection.
+    pub(crate) fn cut(&self) {
+        self.cut.store(true, Release);
+        self.reads.wake();
+    }
+
+    fn poll_cut(&self, cx: &Context<'_>) -> io::Result<()> {
+        // Registered before it is looked at: no wake-up is lost.
+        self.reads.register(cx.waker());
+        self.check_cut()
+    }
+
+    fn check_cut(&self) -> io::Result<()> {
+        if self.cut.load(Acquire) {
+            let text = "the transport was shut down, and its deadline has passed";
+            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, text));
+        }
+        Ok(())
     }
 
     /// Waits until the socket is closed; for one at a time.
@@ -254,6 +278,7 @@ impl AsyncRead for ConnIo {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        this.tap.poll_cut(cx)?;
         let before = buf.filled().len();
         let read = Pin::new(&mut this.io).poll_read(cx, buf);
         let bytes = &buf.filled()[before..];
@@ -275,6 +300,7 @@ impl AsyncWrite for ConnIo {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
+        self.tap.check_cut()?;
         let written = Pin::new(&mut self.io).poll_write(cx, buf);
         if matches!(written, Poll::Ready(Ok(_))) {
             self.tap.moment(FIRST_WRITE, PoolEventKind::WroteHeaders);
@@ -299,6 +325,7 @@ impl AsyncWrite for ConnIo {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.tap.check_cut()?;
         let written = Pin::new(&mut self.io).poll_write_vectored(cx, bufs);
         if matches!(written, Poll::Ready(Ok(_))) {
             self.tap.moment(FIRST_WRITE, PoolEventKind::WroteHeaders);

@@ -135,7 +135,7 @@ impl CallsBack {
             transport.close_idle_connections();
         }
         // A request that begins and is dropped within the hook, ...
-        if n % 3 == 0 {
+        if n % 3 == 0 && n < 1_000 {
             drop(transport.send(get(url)).now_or_never());
         }
         // ... and one that goes on in a task: its own events come back here, so not too many.
