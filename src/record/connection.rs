@@ -204,11 +204,6 @@ impl Connection {
         }
     }
 
-    /// Ends the connection under whoever has its stream.
-    pub(crate) fn cut(&self) {
-        self.socket.shutdown();
-    }
-
     /// What the kernel says now; none without a TCP socket that is open and ours to ask.
     pub(crate) fn tcp_info(&self) -> Option<TcpInfo> {
         self.socket.tcp_info()

@@ -42,15 +42,6 @@ impl SocketSlot {
         same.then_some(info)
     }
 
-    /// Ends the connection, if its stream never was in other hands. (Else the descriptor may be
-    /// another's by now.)
-    pub(crate) fn shutdown(&self) {
-        let slot = lock(&self.0);
-        if let Some(socket) = slot.as_ref().filter(|socket| socket.cookie.is_none()) {
-            tcp_info::shutdown(socket.fd);
-        }
-    }
-
     fn check_from_now_on(&self) {
         let mut slot = lock(&self.0);
         if let Some(socket) = &mut *slot

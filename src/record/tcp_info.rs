@@ -67,22 +67,10 @@ pub(crate) fn cookie(fd: RawFd) -> Option<NonZeroU64> {
     NonZeroU64::new(u64::from_ne_bytes(*bytes))
 }
 
-/// Ends a connection while its stream is in other hands: both directions, at once.
-pub(crate) fn shutdown(fd: RawFd) {
-    sys::shutdown(fd);
-}
-
 #[cfg(all(target_os = "linux", feature = "net"))]
 mod sys {
     use super::RawFd;
     use libc::{IPPROTO_TCP, SO_COOKIE, SOL_SOCKET, TCP_INFO, c_int, socklen_t};
-
-    #[allow(unsafe_code)]
-    pub(super) fn shutdown(fd: RawFd) {
-        // SAFETY: it takes no address. A descriptor that is closed or no socket is an error, which
-        // means that there is nothing to end; the caller vouches for whose it is.
-        unsafe { libc::shutdown(fd, libc::SHUT_RDWR) };
-    }
 
     pub(super) fn tcp_info(fd: RawFd, bytes: &mut [u8]) -> Option<&[u8]> {
         getsockopt(fd, IPPROTO_TCP, TCP_INFO, bytes)
@@ -120,8 +108,6 @@ mod sys {
     pub(super) const fn cookie(_: RawFd, _: &mut [u8]) -> Option<&[u8]> {
         None
     }
-
-    pub(super) const fn shutdown(_: RawFd) {}
 }
 
 #[cfg(test)]

@@ -70,6 +70,7 @@ pub(crate) struct Settings {
     pub(crate) retry_idempotent: bool,
     pub(crate) unix: Option<Arc<str>>,
     pub(crate) proxies: Proxies,
+    /// There once it is built, with its ALPN protocols.
     #[cfg(feature = "tls")]
     pub(crate) tls: Option<Arc<rustls::ClientConfig>>,
 }

@@ -65,18 +65,29 @@ impl Drop for DialPermit {
 struct SocketPermit {
     shell: Arc<Shell>,
     record: Arc<Connection>,
-    conn: Arc<OnceLock<ConnIx>>,
+    place: Arc<Place>,
+    tap: Arc<Tap>,
 }
+
+/// A socket's connection in the pool; none if the socket was closed before the pool had it, which
+/// hyper's own task of an HTTP/2 connection can do. Whoever comes second tells the pool of the end.
+type Place = OnceLock<Option<ConnIx>>;
 
 impl Drop for SocketPermit {
     fn drop(&mut self) {
+        self.tap.gone();
         // Before the pool has it, the dial's permit counts.
-        if let Some(conn) = self.conn.get() {
-            let closed = self.record.closed.get();
-            let reason = closed.map_or(CloseReason::Dropped, |close| close.reason);
-            self.shell.closed(*conn, reason);
+        if self.place.set(None).is_err()
+            && let Some(Some(conn)) = self.place.get()
+        {
+            self.shell.closed(*conn, why_closed(&self.record));
         }
     }
+}
+
+fn why_closed(record: &Connection) -> CloseReason {
+    let closed = record.closed.get();
+    closed.map_or(CloseReason::Dropped, |close| close.reason)
 }
 
 /// A stream that HTTP can run on.
@@ -141,12 +152,13 @@ async fn run(mut permit: DialPermit, origin: Arc<Origin>, stop: Arc<Notify>) {
     if h2 {
         record.set_protocol(ProtocolVersion::Http2);
     }
-    let conn = Arc::new(OnceLock::new());
+    let place = Arc::new(Place::new());
     let tap = Arc::new(Tap::default());
     let socket = SocketPermit {
         shell: shell.clone(),
         record: record.clone(),
-        conn: conn.clone(),
+        place: place.clone(),
+        tap: tap.clone(),
     };
     let io = TrackedIo::new(connected.stream, guard)
         .over(|stream| stream)
@@ -156,7 +168,7 @@ async fn run(mut permit: DialPermit, origin: Arc<Origin>, stop: Arc<Notify>) {
         shell: &shell,
         record: &record,
         tap,
-        conn,
+        place,
     };
     let failed = if h2 {
         let settings = &shell.settings;
@@ -220,11 +232,11 @@ struct Handed<'a> {
     shell: &'a Arc<Shell>,
     record: &'a Arc<Connection>,
     tap: Arc<Tap>,
-    conn: Arc<OnceLock<ConnIx>>,
+    place: Arc<Place>,
 }
 
 impl Handed<'_> {
-    /// The connection is the pool's; its task begins after that, so that its end can't come first.
+    /// The connection is the pool's; its task begins after that.
     fn over<F>(self, dial: Option<DialIx>, sender: Sender, driver: impl FnOnce(ConnIx) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
@@ -235,7 +247,10 @@ impl Handed<'_> {
         let Some(conn) = self.shell.dialled(dial, record, sender, self.tap, expires) else {
             return;
         };
-        let _ = self.conn.set(conn);
+        if self.place.set(Some(conn)).is_err() {
+            // The socket is closed already.
+            self.shell.closed(conn, why_closed(self.record));
+        }
         let task = tokio::spawn(driver(conn));
         self.shell.driven(conn, task.abort_handle());
     }

@@ -8,10 +8,12 @@
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicBool, AtomicU8};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::task::{Context, Poll};
 
+use futures_util::task::AtomicWaker;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
@@ -143,12 +145,59 @@ pub(crate) struct Tap {
     shut: AtomicBool,
     /// It is a request's own: who shuts it down is its user. Relaxed, because the user has it after.
     upgraded: AtomicBool,
+    /// The socket is closed. Release and acquire: who sees it is woken by who closed it.
+    gone: AtomicBool,
+    waits: AtomicWaker,
+    /// The transport was shut down, and its time is over. Likewise.
+    cut: AtomicBool,
+    reads: AtomicWaker,
 }
 
 impl Tap {
     /// From now on the connection is the pool's.
     pub(crate) fn belongs(&self, shell: &Arc<Shell>, conn: ConnIx) {
         let _ = self.owner.set((Arc::downgrade(shell), conn));
+    }
+
+    /// The socket is closed.
+    pub(crate) fn gone(&self) {
+        self.gone.store(true, Release);
+        self.waits.wake();
+    }
+
+    /// Ends the stream of an upgraded connection, which no driver has any more: whoever reads or
+    /// writes next gets an error, and who waits to read gets it now.
+    pub(crate) fn cut(&self) {
+        self.cut.store(true, Release);
+        self.reads.wake();
+    }
+
+    fn poll_cut(&self, cx: &Context<'_>) -> io::Result<()> {
+        if !self.upgraded.load(Relaxed) {
+            return Ok(());
+        }
+        // Registered before it is looked at: no wake-up is lost.
+        self.reads.register(cx.waker());
+        self.check_cut()
+    }
+
+    fn check_cut(&self) -> io::Result<()> {
+        if self.upgraded.load(Relaxed) && self.cut.load(Acquire) {
+            let text = "the transport was shut down, and its deadline has passed";
+            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, text));
+        }
+        Ok(())
+    }
+
+    /// Waits until the socket is closed; for one at a time.
+    pub(crate) fn poll_gone(&self, cx: &Context<'_>) -> Poll<()> {
+        // Registered before it is looked at: no wake-up is lost.
+        self.waits.register(cx.waker());
+        if self.gone.load(Acquire) {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
     }
 
     /// A request with hooks is about to be sent on this HTTP/1 connection.
@@ -250,6 +299,7 @@ impl AsyncRead for ConnIo {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        this.tap.poll_cut(cx)?;
         let before = buf.filled().len();
         let read = Pin::new(&mut this.io).poll_read(cx, buf);
         let bytes = &buf.filled()[before..];
@@ -271,6 +321,7 @@ impl AsyncWrite for ConnIo {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
+        self.tap.check_cut()?;
         let written = Pin::new(&mut self.io).poll_write(cx, buf);
         if matches!(written, Poll::Ready(Ok(_))) {
             self.tap.moment(FIRST_WRITE, PoolEventKind::WroteHeaders);
@@ -299,6 +350,7 @@ impl AsyncWrite for ConnIo {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.tap.check_cut()?;
         let written = Pin::new(&mut self.io).poll_write_vectored(cx, bufs);
         if matches!(written, Poll::Ready(Ok(_))) {
             self.tap.moment(FIRST_WRITE, PoolEventKind::WroteHeaders);

@@ -44,7 +44,9 @@ pub(crate) struct Held {
     pub(crate) request: RequestId,
     /// What was asked for, to name it in errors.
     pub(crate) uri: Uri,
-    pub(crate) sender: Sender,
+    pub(crate) h1: bool,
+    /// HTTP/1: there until the connection is gone.
+    pub(crate) sender: Option<http1::SendRequest<SendBody>>,
     pub(crate) guard: RequestGuard,
     pub(crate) tap: Arc<Tap>,
     /// It serves no further request: the one or the other side said so.
@@ -89,8 +91,8 @@ impl Lease {
             .upper()
             .is_none_or(|rest| rest <= most as u64);
         // Without a runtime there is nobody to read.
-        match (&held.sender, tokio::runtime::Handle::try_current()) {
-            (Sender::H1(_), Ok(runtime)) if most > 0 && small && !held.last => {
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) if held.h1 && most > 0 && small && !held.last => {
                 runtime.spawn(drain(held, body, most));
             }
             _ => {
@@ -128,7 +130,7 @@ impl Lease {
     /// The connection is not to be trusted any more.
     pub(crate) fn distrusted(mut self, reason: CloseReason) {
         if let Some(held) = self.held.take() {
-            if matches!(held.sender, Sender::H2(_)) {
+            if !held.h1 {
                 held.shell.retire(held.conn, reason);
             }
             held.hint(reason);
@@ -147,28 +149,26 @@ impl Drop for Lease {
 
 impl Held {
     fn disarm(&self) {
-        if matches!(self.sender, Sender::H1(_)) {
+        if self.h1 {
             self.tap.disarm();
         }
     }
 
     fn hint(&self, reason: CloseReason) {
-        if matches!(self.sender, Sender::H1(_)) {
+        if self.h1 {
             self.guard.connection().hint(reason, reason.initiator());
         }
     }
 
     fn complete(self) {
-        let Sender::H1(sender) = &self.sender else {
+        if !self.h1 {
             self.give_back(Back::Reusable);
-            return;
-        };
-        if self.last {
+        } else if self.last {
             self.hint(CloseReason::ConnectionClose);
             self.spent(CloseReason::ConnectionClose);
-        } else if sender.is_ready() {
+        } else if self.sender.as_ref().is_some_and(|s| s.is_ready()) {
             self.give_back(Back::Reusable);
-        } else if sender.is_closed() {
+        } else if self.sender.as_ref().is_none_or(|s| s.is_closed()) {
             let reason = self.why_closed();
             self.spent(reason);
         } else {
@@ -192,7 +192,7 @@ impl Held {
             let reason = CloseReason::KeepAliveTimeout;
             self.guard.connection().hint(reason, reason.initiator());
             reason
-        } else if matches!(self.sender, Sender::H2(_)) && gave_up(error) {
+        } else if !self.h1 && gave_up(error) {
             let reason = CloseReason::ProtocolError;
             self.guard.connection().hint(reason, reason.initiator());
             reason
@@ -202,7 +202,7 @@ impl Held {
         } else if error.is_user() && !error.is_canceled() {
             self.hint(CloseReason::RequestCancelled);
             CloseReason::RequestCancelled
-        } else if matches!(self.sender, Sender::H2(_)) && is_reset(error) {
+        } else if !self.h1 && is_reset(error) {
             // One stream's end, not the connection's.
             CloseReason::RequestCancelled
         } else {
@@ -238,15 +238,12 @@ impl Held {
         // The record's idle comes before the pool's, so that nobody finds it active.
         drop(guard);
         tap.given_back.notify_one();
-        match (sender, back) {
-            (Sender::H1(sender), Back::Reusable) => {
-                shell.returned(conn, request, Some(sender), back);
-            }
-            (sender, back) => {
-                shell.returned(conn, request, None, back);
-                // hyper closes the connection with it; the reason is known before.
-                drop(sender);
-            }
+        if back == Back::Reusable {
+            shell.returned(conn, request, sender, back);
+        } else {
+            shell.returned(conn, request, None, back);
+            // hyper closes the connection with it; the reason is known before.
+            drop(sender);
         }
     }
 }
@@ -264,7 +261,7 @@ fn gave_up(error: &hyper::Error) -> bool {
 
 /// Waits until the connection can serve again, for a bounded time.
 async fn settle(mut held: Held) {
-    if let Sender::H1(sender) = &mut held.sender {
+    if let Some(sender) = &mut held.sender {
         match tokio::time::timeout(GRACE, poll_fn(|cx| sender.poll_ready(cx))).await {
             Ok(Ok(())) => held.give_back(Back::Reusable),
             Ok(Err(_)) => {

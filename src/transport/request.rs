@@ -1,6 +1,6 @@
 //! One request's way: checkout, perhaps a wait, the exchange, and again where nothing was sent.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -189,7 +189,7 @@ impl Errand<'_> {
     ) -> Exchanged {
         let Granted {
             grant,
-            mut sender,
+            sender,
             record,
             tap,
         } = granted;
@@ -226,26 +226,47 @@ impl Errand<'_> {
             .then(|| idempotent(&request))
             .flatten();
         let read_before = record.bytes().0;
-        let exchange = match &mut sender {
-            Sender::H1(sender) => Either::Left(sender.try_send_request(request)),
-            Sender::H2(sender) => Either::Right(sender.try_send_request(request)),
+        let (exchange, sender) = match sender {
+            Sender::H1(mut sender) => {
+                let exchange = sender.try_send_request(request);
+                (Either::Left(exchange), Some(sender))
+            }
+            // The pool has the connection's own; this one would only keep hyper's channel alive.
+            Sender::H2(mut sender) => (Either::Right(sender.try_send_request(request)), None),
         };
         let mut exchange = pin!(exchange);
         // Declared after the exchange, so dropped before it: a cancel says why first.
-        let lease = Lease::new(Held {
+        let mut lease = Lease::new(Held {
             shell: self.shell.clone(),
             conn: grant.conn,
             request: grant.request,
             uri: self.uri.clone(),
+            h1,
             sender,
             guard: RequestGuard::new(record.clone()),
-            tap,
+            tap: tap.clone(),
             last,
             refusal: None,
         });
+        // A request that enters hyper's channel while the connection's task ends can be left lying
+        // in it, unanswered for as long as there is a sender (hyper #4122). So the sender goes with
+        // the socket, and hyper gives the request back.
+        let mut answer = poll_fn(|cx| {
+            loop {
+                if let Poll::Ready(answer) = exchange.as_mut().poll(cx) {
+                    return Poll::Ready(answer);
+                }
+                match lease.held() {
+                    Some(held) if held.sender.is_some() && tap.poll_gone(cx).is_ready() => {
+                        held.sender = None;
+                    }
+                    _ => return Poll::Pending,
+                }
+            }
+        });
         let answer = match settings.response_header_timeout {
-            None => exchange.as_mut().await,
-            Some(timeout) => match tokio::time::timeout(timeout, exchange.as_mut()).await {
+            None => (&mut answer).await,
+            Some(timeout) => match tokio::time::timeout(timeout, &mut answer).await {
                 Ok(answer) => answer,
                 Err(_) => {
                     let silent = record.bytes().0 == read_before;

@@ -510,23 +510,23 @@ impl Shell {
 
     /// Ends every connection now, and says which.
     pub(crate) fn cut(&self) -> Vec<Arc<Connection>> {
-        let (mut records, mut drivers) = (Vec::new(), Vec::new());
+        let (mut records, mut drivers, mut taps) = (Vec::new(), Vec::new(), Vec::new());
         {
             let state = self.lock();
             for handle in state.conns.iter().flatten() {
                 records.push(handle.record.clone());
                 drivers.extend(handle.driver.clone());
+                taps.push(handle.tap.clone());
             }
         }
         for record in &records {
             say_why(record, CloseReason::Shutdown);
         }
+        for tap in taps {
+            tap.cut();
+        }
         for driver in drivers {
             driver.abort();
-        }
-        // An upgraded connection has no driver any more: its reader finds an end of stream.
-        for record in &records {
-            record.cut();
         }
         records
     }
