@@ -402,6 +402,9 @@ fn note(record: &Connection, error: &hyper::Error) {
         || h2.is_none() && !from_io && !error.is_user() && !error.is_canceled()
     {
         CloseReason::ProtocolError
+    } else if error.is_user() && !error.is_canceled() {
+        // The request's body failed after the answer had begun.
+        CloseReason::RequestCancelled
     } else {
         return;
     };
