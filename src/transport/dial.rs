@@ -47,13 +47,13 @@ pub(crate) struct DialFailure {
 }
 
 /// The permit of a dial.
-struct DialPermit<'a> {
-    shell: &'a Arc<Shell>,
+struct DialPermit {
+    shell: Arc<Shell>,
     dial: Option<DialIx>,
     why: Option<DialFailure>,
 }
 
-impl Drop for DialPermit<'_> {
+impl Drop for DialPermit {
     fn drop(&mut self) {
         if let Some(dial) = self.dial.take() {
             self.shell.dial_failed(dial, self.why.take());
@@ -87,12 +87,23 @@ struct Connected {
     h2: bool,
 }
 
-pub(crate) async fn dial(shell: Arc<Shell>, at: DialIx, origin: Arc<Origin>, stop: Arc<Notify>) {
-    let mut permit = DialPermit {
-        shell: &shell,
+/// Dials. Dropped without ever having run, as by a runtime that ends, the pool hears of it, too.
+pub(crate) fn dial(
+    shell: Arc<Shell>,
+    at: DialIx,
+    origin: Arc<Origin>,
+    stop: Arc<Notify>,
+) -> impl Future<Output = ()> + Send {
+    let permit = DialPermit {
+        shell,
         dial: Some(at),
         why: None,
     };
+    run_dial(permit, origin, stop)
+}
+
+async fn run_dial(mut permit: DialPermit, origin: Arc<Origin>, stop: Arc<Notify>) {
+    let shell = permit.shell.clone();
     let layer = if origin.https {
         IoLayer::Plaintext
     } else {

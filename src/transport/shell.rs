@@ -18,6 +18,7 @@ use http::{HeaderValue, Uri};
 use hyper::client::conn::http1;
 use slab::Slab;
 use smallvec::SmallVec;
+use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::Instant;
@@ -52,6 +53,9 @@ pub(crate) struct Shell {
     epoch: Instant,
     state: Mutex<State>,
     clock: Arc<Clock>,
+    /// Where the last dial was started. Bodies are read and dropped anywhere, and what follows from
+    /// it needs a runtime.
+    runtime: Mutex<Option<Handle>>,
     /// Told when the last permit is given back.
     drained: Notify,
 }
@@ -60,7 +64,7 @@ struct State {
     pool: Pool,
     keys: Keys,
     /// By the connection's place in the pool.
-    conns: Vec<Option<Handle>>,
+    conns: Vec<Option<Held>>,
     /// By the dial's place in the pool: tells it to stop.
     dials: Vec<Option<Arc<Notify>>>,
     cells: Slab<Cell>,
@@ -71,7 +75,7 @@ struct State {
 }
 
 /// A connection, as the pool's shell knows it.
-struct Handle {
+struct Held {
     conn: ConnIx,
     record: Arc<Connection>,
     tap: Arc<Tap>,
@@ -156,11 +160,19 @@ impl Shell {
             own,
             epoch: Instant::now(),
             clock: Arc::default(),
+            runtime: Mutex::default(),
             drained: Notify::new(),
         });
         let source: Arc<dyn PoolSource> = shell.clone();
         shell.recorder.add_pool(Arc::downgrade(&source));
         shell
+    }
+
+    /// The runtime that runs here, else the one that ran the last dial.
+    pub(crate) fn runtime(&self) -> Option<Handle> {
+        Handle::try_current()
+            .ok()
+            .or_else(|| lock(&self.runtime).clone())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -343,7 +355,7 @@ impl Shell {
         put(
             &mut state.conns,
             conn.place(),
-            Handle {
+            Held {
                 conn,
                 record,
                 tap,
@@ -533,7 +545,12 @@ impl Shell {
             stop.notify_one();
         }
         for (at, origin, stop) in after.dials {
-            tokio::spawn(dial(self.clone(), at, origin, stop));
+            // Made here, so that the dial's end is told wherever it ends.
+            let dial = dial(self.clone(), at, origin, stop);
+            if let Some(runtime) = self.runtime() {
+                runtime.spawn(dial);
+                *lock(&self.runtime) = Some(runtime);
+            }
         }
         for waker in after.wakers {
             waker.wake();
@@ -617,7 +634,7 @@ fn take<T>(table: &mut [Option<T>], place: usize) -> Option<T> {
 }
 
 impl State {
-    fn handle(&mut self, conn: ConnIx) -> Option<&mut Handle> {
+    fn handle(&mut self, conn: ConnIx) -> Option<&mut Held> {
         self.conns
             .get_mut(conn.place())
             .and_then(Option::as_mut)
@@ -752,7 +769,7 @@ impl Clock {
         // Its runtime may be gone while the transport lives on in another.
         if task.as_ref().is_none_or(JoinHandle::is_finished) {
             let run = Self::run(self.clone(), Arc::downgrade(shell), shell.epoch);
-            *task = Some(tokio::spawn(run));
+            *task = shell.runtime().map(|runtime| runtime.spawn(run));
         } else {
             self.changed.notify_one();
         }

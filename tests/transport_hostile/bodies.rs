@@ -27,7 +27,14 @@ async fn dropped(path: &str, set: impl FnOnce(TransportBuilder) -> TransportBuil
 
 #[tokio::test]
 async fn a_small_rest_is_read_and_the_connection_used_again() {
-    for path in ["/", "/bytes/60000", "/chunked/1000", "/trailers", "/204", "/304"] {
+    for path in [
+        "/",
+        "/bytes/60000",
+        "/chunked/1000",
+        "/trailers",
+        "/204",
+        "/304",
+    ] {
         let (accepted, lab) = dropped(path, |t| t).await;
         assert_eq!(accepted, 1, "{path}");
         let shutdown = (CloseReason::Shutdown, Initiator::Local);
@@ -62,7 +69,12 @@ async fn a_rest_that_does_not_come_closes_the_connection_in_the_end() {
 async fn a_rest_that_comes_at_once_is_enough() {
     let server = Hostile::start(Behaviour::Ok).await;
     let lab = lab(|t| t);
-    drop(lab.transport.send(get(&server.uri("/hold-body"))).await.unwrap());
+    drop(
+        lab.transport
+            .send(get(&server.uri("/hold-body")))
+            .await
+            .unwrap(),
+    );
     server.command(Command::Release);
     lab.wait_unused().await;
     assert_eq!(lab.get(&server.uri("/")).await.unwrap(), "ok");
@@ -89,7 +101,10 @@ async fn a_body_read_by_its_length_and_not_to_its_end_gives_the_connection_back(
     let lab = lab(|t| t.drain(0));
     let response = lab.transport.send(get(&server.uri("/"))).await.unwrap();
     let mut body = response.into_body();
-    assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "ok");
+    assert_eq!(
+        body.frame().await.unwrap().unwrap().into_data().unwrap(),
+        "ok"
+    );
     lab.wait_unused().await;
     drop(body);
     assert_eq!(lab.get(&server.uri("/")).await.unwrap(), "ok");

@@ -127,7 +127,10 @@ async fn given_up_in_the_middle_of_its_answer_its_http1_connection_is_closed() {
     let lab = lab(|t| t.drain(0));
     let response = lab.transport.send(get(&server.uri("/hold-body"))).await;
     let mut body = response.unwrap().into_body();
-    assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "o");
+    assert_eq!(
+        body.frame().await.unwrap().unwrap().into_data().unwrap(),
+        "o"
+    );
     drop(body);
     assert_eq!(lab.wait_closed(1).await, [CANCELLED]);
     lab.end(&server).await;
@@ -174,7 +177,14 @@ async fn at_random(server: Hostile, versions: HttpVersions, seed: u64, paths: &[
     lab.end(&server).await;
 }
 
-const PATHS: &[&str] = &["/", "/hold", "/hold-body", "/bytes/200000", "/chunked/10", "/close"];
+const PATHS: &[&str] = &[
+    "/",
+    "/hold",
+    "/hold-body",
+    "/bytes/200000",
+    "/chunked/10",
+    "/close",
+];
 
 #[tokio::test]
 async fn given_up_at_random_nothing_leaks_on_http1() {
@@ -197,7 +207,12 @@ async fn given_up_at_random_nothing_leaks_on_http2() {
     let few = H2Behaviour::Ok {
         max_concurrent_streams: Some(3),
     };
-    for behaviour in [few, H2Behaviour::Hold, H2Behaviour::HoldBody, H2Behaviour::GoAwayAfter(3)] {
+    for behaviour in [
+        few,
+        H2Behaviour::Hold,
+        H2Behaviour::HoldBody,
+        H2Behaviour::GoAwayAfter(3),
+    ] {
         let server = Hostile::start(Behaviour::H2(behaviour)).await;
         at_random(server, HttpVersions::Http2, 9, &["/"]).await;
     }
@@ -208,7 +223,12 @@ async fn given_up_at_random_in_many_threads_nothing_leaks_on_http2() {
     let few = H2Behaviour::Ok {
         max_concurrent_streams: Some(3),
     };
-    for behaviour in [few, H2Behaviour::Hold, H2Behaviour::GoAwayAfter(3), H2Behaviour::CloseAtOnce] {
+    for behaviour in [
+        few,
+        H2Behaviour::Hold,
+        H2Behaviour::GoAwayAfter(3),
+        H2Behaviour::CloseAtOnce,
+    ] {
         let server = Hostile::start(Behaviour::H2(behaviour)).await;
         at_random(server, HttpVersions::Http2, 10, &["/"]).await;
     }
@@ -220,4 +240,38 @@ async fn given_up_at_random_nothing_leaks_under_tls() {
         let server = Hostile::start_tls(Behaviour::Ok, Certificate::Good, &[alpn]).await;
         at_random(server, HttpVersions::Auto, seed, PATHS).await;
     }
+}
+
+#[test]
+fn a_runtime_that_ends_takes_its_dials_and_connections_along() {
+    let runtime = || {
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        runtime.worker_threads(1).enable_all().build().unwrap()
+    };
+    let servers = runtime();
+    let start = |behaviour| async move {
+        Hostile::start_tls(behaviour, Certificate::Good, &["http/1.1"]).await
+    };
+    let stalls = servers.block_on(start(Behaviour::StallHandshake));
+    let answers = servers.block_on(start(Behaviour::Ok));
+    let (lab, first) = (lab(|t| t.max_conns_per_host(1)), runtime());
+    first.block_on(async {
+        let request = |server: &Hostile, path| lab.transport.send(get(&server.uri(path)));
+        tokio::spawn(request(&stalls, "/"));
+        tokio::spawn(request(&stalls, "/"));
+        tokio::spawn(request(&answers, "/hold"));
+        tokio::spawn(request(&answers, "/"));
+        stalls.wait_accepted(1).await;
+        answers.wait_requests(1).await;
+    });
+    drop(first);
+    servers.block_on(async {
+        stalls.wait_open(0).await;
+        answers.wait_open(0).await;
+        let stats = lab.transport.stats();
+        assert_eq!((stats.dialing, stats.in_use, stats.waiting), (0, 0, 0));
+        // What is left over serves in another.
+        assert_eq!(lab.get(&answers.uri("/")).await.unwrap(), "ok");
+        lab.end(&answers).await;
+    });
 }

@@ -26,17 +26,41 @@ const ZERO: Duration = Duration::ZERO;
 #[test]
 fn a_setting_that_lets_nothing_through_is_an_error() {
     let cases: &[(Set, Expected<'_>)] = &[
-        (|t| t.max_conns_per_host(0), ("max_conns_per_host", "0", "`None` for no limit")),
-        (|t| t.max_idle_conns(0), ("max_idle_conns", "0", "keep_alive(false)")),
-        (|t| t.max_idle_conns_per_host(0), ("max_idle_conns_per_host", "0", "keep_alive(false)")),
+        (
+            |t| t.max_conns_per_host(0),
+            ("max_conns_per_host", "0", "`None` for no limit"),
+        ),
+        (
+            |t| t.max_idle_conns(0),
+            ("max_idle_conns", "0", "keep_alive(false)"),
+        ),
+        (
+            |t| t.max_idle_conns_per_host(0),
+            ("max_idle_conns_per_host", "0", "keep_alive(false)"),
+        ),
         (|t| t.idle_timeout(ZERO), ("idle_timeout", "0s", "longer")),
         (|t| t.wait_timeout(ZERO), ("wait_timeout", "0s", "longer")),
         (|t| t.max_lifetime(ZERO), ("max_lifetime", "0s", "longer")),
-        (|t| t.connect_timeout(ZERO), ("connect_timeout", "0s", "longer")),
-        (|t| t.tls_handshake_timeout(ZERO), ("tls_handshake_timeout", "0s", "longer")),
-        (|t| t.response_header_timeout(ZERO), ("response_header_timeout", "0s", "longer")),
-        (|t| t.keep_alive_ping(ZERO, Duration::MAX), ("keep_alive_ping interval", "0s", "longer")),
-        (|t| t.keep_alive_ping(Duration::MAX, ZERO), ("keep_alive_ping timeout", "0s", "longer")),
+        (
+            |t| t.connect_timeout(ZERO),
+            ("connect_timeout", "0s", "longer"),
+        ),
+        (
+            |t| t.tls_handshake_timeout(ZERO),
+            ("tls_handshake_timeout", "0s", "longer"),
+        ),
+        (
+            |t| t.response_header_timeout(ZERO),
+            ("response_header_timeout", "0s", "longer"),
+        ),
+        (
+            |t| t.keep_alive_ping(ZERO, Duration::MAX),
+            ("keep_alive_ping interval", "0s", "longer"),
+        ),
+        (
+            |t| t.keep_alive_ping(Duration::MAX, ZERO),
+            ("keep_alive_ping timeout", "0s", "longer"),
+        ),
     ];
     for (set, expected) in cases {
         assert_error(&refused(set), *expected);
@@ -62,7 +86,10 @@ fn settings_that_contradict_each_other_are_an_error() {
             ("keep_alive_ping", "set", "allow HTTP/2"),
         ),
         (
-            |t| t.unix_socket("/run/x.sock").http_proxy("http://localhost:1"),
+            |t| {
+                t.unix_socket("/run/x.sock")
+                    .http_proxy("http://localhost:1")
+            },
             ("unix_socket", "/run/x.sock", "leave one out"),
         ),
     ];
@@ -110,7 +137,11 @@ fn a_name_that_is_none_is_an_error() {
         (&*"x".repeat(101), "shorter"),
         ("a\nb", "leave them out"),
     ] {
-        let error = conntrack.transport(name).no_env_proxy().build().unwrap_err();
+        let error = conntrack
+            .transport(name)
+            .no_env_proxy()
+            .build()
+            .unwrap_err();
         let text = error.to_string();
         assert!(text.contains(way_out), "{text}");
         assert_eq!(error.value(), name);
@@ -120,8 +151,18 @@ fn a_name_that_is_none_is_an_error() {
 
 #[test]
 fn a_proxy_that_is_none_is_an_error_and_its_password_is_not_shown() {
-    for proxy in ["", "proxy", "ftp://proxy:1", "http://me:s3cret@", "http://me:s3cret@proxy:x"] {
-        for set in [TransportBuilder::http_proxy, TransportBuilder::https_proxy, TransportBuilder::all_proxy] {
+    for proxy in [
+        "",
+        "proxy",
+        "ftp://proxy:1",
+        "http://me:s3cret@",
+        "http://me:s3cret@proxy:x",
+    ] {
+        for set in [
+            TransportBuilder::http_proxy,
+            TransportBuilder::https_proxy,
+            TransportBuilder::all_proxy,
+        ] {
             let conntrack = Conntrack::builder().build().unwrap();
             let built = set(conntrack.transport("test"), proxy).build();
             let Err(error) = built else {
@@ -158,7 +199,10 @@ async fn a_url_that_is_none_is_an_error_that_gives_the_request_back() {
         let mut error = lab.transport.send(request).await.unwrap_err();
         let expected = Failed::unsent("InvalidUrl", FailureReason::InvalidArgument);
         assert_eq!(Failed::of(&error), expected, "{url}");
-        assert!(error.to_string().contains("https://example.com/"), "{error}");
+        assert!(
+            error.to_string().contains("https://example.com/"),
+            "{error}"
+        );
         let request = error.take_request::<Full<&[u8]>>().unwrap();
         assert_eq!(request.uri(), url);
     }

@@ -106,7 +106,11 @@ async fn a_get_on_a_spare_that_the_server_closed_is_sent_again() {
             server.wait_accepted(1).await;
             server.command(command.clone());
             turns(wait).await;
-            assert_eq!(lab.get(&server.uri("/")).await.unwrap(), "ok", "{command:?}");
+            assert_eq!(
+                lab.get(&server.uri("/")).await.unwrap(),
+                "ok",
+                "{command:?}"
+            );
             lab.end(&server).await;
         }
     }
