@@ -52,10 +52,7 @@ fn transport(set: impl FnOnce(TransportBuilder) -> TransportBuilder) -> (Conntra
     (conntrack, transport)
 }
 
-fn of(
-    conntrack: &Conntrack,
-    set: impl FnOnce(TransportBuilder) -> TransportBuilder,
-) -> Transport {
+fn of(conntrack: &Conntrack, set: impl FnOnce(TransportBuilder) -> TransportBuilder) -> Transport {
     set(conntrack.transport("test").no_env_proxy())
         .build()
         .unwrap()

@@ -14,11 +14,19 @@ mod otel;
 #[path = "support/refusal.rs"]
 mod refusal;
 
+#[path = "transport_hostile/bodies.rs"]
+mod bodies;
+#[path = "transport_hostile/cancel.rs"]
+mod cancel;
 #[path = "transport_hostile/http1.rs"]
 mod http1;
 #[path = "transport_hostile/http2.rs"]
 mod http2;
 #[path = "transport_hostile/lab.rs"]
 mod lab;
+#[path = "transport_hostile/settings.rs"]
+mod settings;
+#[path = "transport_hostile/stale.rs"]
+mod stale;
 #[path = "transport_hostile/tls.rs"]
 mod tls;

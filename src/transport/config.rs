@@ -320,7 +320,7 @@ impl TransportBuilder {
     }
 
     /// Whether a request with an idempotent method and no body is sent again when a connection that
-    /// had served others ends before a byte of the response came: the server closed it while the
+    /// had served others or been idle ends before a byte of the response came: the server closed it while the
     /// request was on its way. Default: yes, as in Go. A request of which nothing was written is
     /// always sent again.
     pub const fn retry_idempotent(mut self, on: bool) -> Self {

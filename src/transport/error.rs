@@ -134,7 +134,7 @@ impl TransportError {
     /// What hyper says of a request that it took, or would not take.
     pub(crate) fn of_hyper(error: hyper::Error, target: String) -> Self {
         let error = Arc::new(error);
-        let what = if error.is_user() && !error.is_canceled() {
+        let what = if error.is_user() && !error.is_canceled() || is_reset_by_us(&error) {
             TransportErrorKind::RequestBody(error)
         } else if error.is_parse() || broke_protocol(&error) {
             TransportErrorKind::Protocol(error)
@@ -229,6 +229,12 @@ fn broke_protocol(error: &hyper::Error) -> bool {
     let h2 = std::error::Error::source(error).and_then(|e| e.downcast_ref::<h2::Error>());
     h2.is_some_and(|e| !e.is_io() && !e.is_go_away() && !e.is_reset())
         || h2.is_some_and(|e| e.is_library() && (e.is_go_away() || e.is_reset()))
+}
+
+/// On HTTP/2 hyper resets the stream of a request whose body fails, and does not say why.
+fn is_reset_by_us(error: &hyper::Error) -> bool {
+    let h2 = std::error::Error::source(error).and_then(|e| e.downcast_ref::<h2::Error>());
+    h2.is_some_and(|e| e.is_reset() && !e.is_remote() && !e.is_library())
 }
 
 fn is_reset_by_peer(error: &hyper::Error) -> bool {

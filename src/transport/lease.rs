@@ -91,8 +91,8 @@ impl Lease {
             .upper()
             .is_none_or(|rest| rest <= most as u64);
         // Without a runtime there is nobody to read.
-        match tokio::runtime::Handle::try_current() {
-            Ok(runtime) if held.h1 && most > 0 && small && !held.last => {
+        match held.shell.runtime() {
+            Some(runtime) if held.h1 && most > 0 && small && !held.last => {
                 runtime.spawn(drain(held, body, most));
             }
             _ => {
@@ -173,11 +173,11 @@ impl Held {
             self.spent(reason);
         } else {
             // The connection's task has not got to the end, or the request is still being written.
-            match tokio::runtime::Handle::try_current() {
-                Ok(runtime) => {
+            match self.shell.runtime() {
+                Some(runtime) => {
                     runtime.spawn(settle(self));
                 }
-                Err(_) => self.cancelled(),
+                None => self.cancelled(),
             }
         }
     }

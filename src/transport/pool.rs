@@ -150,6 +150,8 @@ pub(crate) struct Grant {
     pub(crate) conn: ConnIx,
     pub(crate) request: RequestId,
     pub(crate) reused: bool,
+    /// It came from the idle list.
+    pub(crate) was_idle: bool,
 }
 
 /// What the shell has to do.
@@ -1147,6 +1149,7 @@ impl Pool {
             conn: ConnIx { at: conn, serial },
             request,
             reused,
+            was_idle,
         }
     }
 

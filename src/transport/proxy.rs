@@ -214,11 +214,11 @@ impl ProxiesBuilder {
             Some(value) => checked_url(setting, &value),
             None => Ok(String::new()),
         };
-        checked_list("transport proxy no_proxy", &self.no)?;
+        checked_list("no_proxy", &self.no)?;
         Ok(Proxies::new(
-            &url("transport proxy http", self.http)?,
-            &url("transport proxy https", self.https)?,
-            &url("transport proxy all", self.all)?,
+            &url("http_proxy", self.http)?,
+            &url("https_proxy", self.https)?,
+            &url("all_proxy", self.all)?,
             self.no,
         ))
     }

@@ -64,6 +64,8 @@ pub(crate) async fn send<B: Send + 'static>(
     request: Request<SendBody>,
 ) -> Answer {
     let uri = request.uri().clone();
+    // Only CONNECT names just a host and a port.
+    let absolute = uri.scheme().is_some() || *request.method() == Method::CONNECT;
     let mut errand = Errand {
         shell,
         caller,
@@ -83,6 +85,10 @@ pub(crate) async fn send<B: Send + 'static>(
         }
     };
     let mut request = request;
+    if !absolute {
+        let error = TransportError::invalid_url(&errand.uri);
+        return Err(give_back(error, request, &errand.uri));
+    }
     let mut tries = 0;
     loop {
         tries += 1;
@@ -221,8 +227,10 @@ impl Errand<'_> {
             let timeout = settings.expect_continue_timeout;
             request.body_mut().wait_for(gate.clone(), timeout);
         }
+        // A spare that no request had yet may have been closed while it was idle, too.
+        let was_idle = grant.reused || grant.was_idle;
         // What can be sent twice without harm is kept, in case the connection was dead already.
-        let copy = (settings.retry_idempotent && grant.reused && !has_body)
+        let copy = (settings.retry_idempotent && was_idle && !has_body)
             .then(|| idempotent(&request))
             .flatten();
         let read_before = record.bytes().0;

@@ -77,7 +77,7 @@ struct State {
     pool: Pool,
     keys: Keys,
     /// By the connection's place in the pool.
-    conns: Vec<Option<Handle>>,
+    conns: Vec<Option<Held>>,
     /// By the dial's place in the pool: tells it to stop.
     dials: Vec<Option<Arc<Notify>>>,
     cells: Slab<Cell>,
@@ -88,7 +88,7 @@ struct State {
 }
 
 /// A connection, as the pool's shell knows it.
-struct Handle {
+struct Held {
     conn: ConnIx,
     record: Arc<Connection>,
     tap: Arc<Tap>,
@@ -188,6 +188,13 @@ impl Shell {
         let source: Arc<dyn PoolSource> = shell.clone();
         shell.recorder.add_pool(Arc::downgrade(&source));
         shell
+    }
+
+    /// The runtime that runs here, else the one that ran the last dial.
+    pub(crate) fn runtime(&self) -> Option<Runtime> {
+        Runtime::try_current()
+            .ok()
+            .or_else(|| lock(&self.runtime).clone())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -370,7 +377,7 @@ impl Shell {
         put(
             &mut state.conns,
             conn.place(),
-            Handle {
+            Held {
                 conn,
                 record,
                 tap,
@@ -725,7 +732,7 @@ fn take<T>(table: &mut [Option<T>], place: usize) -> Option<T> {
 }
 
 impl State {
-    fn handle(&mut self, conn: ConnIx) -> Option<&mut Handle> {
+    fn handle(&mut self, conn: ConnIx) -> Option<&mut Held> {
         self.conns
             .get_mut(conn.place())
             .and_then(Option::as_mut)

@@ -68,9 +68,7 @@ pub(crate) fn unix(path: &Path) {
 async fn serve(io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
     let service = service_fn(|request| async { Ok::<_, Infallible>(answer(request).await) });
     let builder = auto::Builder::new(TokioExecutor::new());
-    let _ = builder
-        .serve_connection(TokioIo::new(io), service)
-        .await;
+    let _ = builder.serve_connection(TokioIo::new(io), service).await;
 }
 
 async fn answer(request: Request<Incoming>) -> Response<Body> {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use http::Version;
 use opentelemetry_sdk::trace::{InMemorySpanExporter, SdkTracerProvider};
 use otel_conntrack::{
-    CloseReason, Conntrack, ConnectionRecord, FailureReason, HttpVersions, TransportErrorKind,
+    CloseReason, ConnectionRecord, Conntrack, FailureReason, HttpVersions, TransportErrorKind,
 };
 use rcgen::{CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -58,10 +58,8 @@ async fn the_version_is_what_both_sides_speak() {
 async fn a_server_without_http2_is_a_clear_error_where_only_http2_is_spoken() {
     for (alpn, word) in [(&[][..], "ALPN"), (&["http/1.1"][..], "rotocol")] {
         let server = Hostile::start_tls(Behaviour::Ok, Certificate::Good, alpn).await;
-        let (_conntrack, transport) = transport(|t| {
-            t.http_versions(HttpVersions::Http2)
-                .tls(trusting(roots()))
-        });
+        let (_conntrack, transport) =
+            transport(|t| t.http_versions(HttpVersions::Http2).tls(trusting(roots())));
         let error = transport.send(get(&server.uri("/"))).await.unwrap_err();
         assert!(matches!(error.kind(), TransportErrorKind::Dial(_)));
         assert_eq!(error.reason(), FailureReason::TlsHandshake, "{error}");
@@ -131,10 +129,8 @@ async fn a_client_certificate_is_shown_to_a_server_that_asks() {
     trusted.add(authority.der().clone()).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let (chain, key) = issued(&authority, "127.0.0.1");
-    let verifier = WebPkiClientVerifier::builder_with_provider(
-        Arc::new(trusted.clone()),
-        provider.clone(),
-    );
+    let verifier =
+        WebPkiClientVerifier::builder_with_provider(Arc::new(trusted.clone()), provider.clone());
     let mut server = ServerConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
         .unwrap()
@@ -178,7 +174,10 @@ async fn a_handshake_that_stalls_ends_within_its_time() {
     assert!(began.elapsed() < Duration::from_secs(5));
     assert!(error.is_timeout(), "{error:?}");
     assert_eq!(error.reason(), FailureReason::TimedOut);
-    assert!(error.to_string().contains("tls_handshake_timeout"), "{error}");
+    assert!(
+        error.to_string().contains("tls_handshake_timeout"),
+        "{error}"
+    );
     let stats = conntrack.stats();
     let dialer = stats.dialer("test").unwrap();
     assert_eq!(dialer.failed(FailureReason::TimedOut), 1);
@@ -208,7 +207,9 @@ async fn a_set_up_with_tls_has_its_steps_as_spans_and_its_facts() {
     let spans = exporter.get_finished_spans().unwrap();
     let named = |begin: &str| {
         let mut found = spans.iter().filter(|span| span.name.starts_with(begin));
-        found.next().unwrap_or_else(|| panic!("{begin}: {spans:#?}"))
+        found
+            .next()
+            .unwrap_or_else(|| panic!("{begin}: {spans:#?}"))
     };
     let set_up = named("connection_setup localhost:");
     for child in [

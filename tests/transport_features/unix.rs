@@ -69,12 +69,24 @@ async fn a_socket_that_is_not_there_is_an_error_with_its_path() {
     assert!(error.to_string().contains(socket.0.to_str().unwrap()));
     // It may come later.
     site::unix(&socket.0);
-    assert!(ask(&transport, "http://docker/").await.starts_with("GET / "));
+    assert!(
+        ask(&transport, "http://docker/")
+            .await
+            .starts_with("GET / ")
+    );
 }
 
 #[tokio::test]
 async fn a_unix_socket_and_a_proxy_contradict_each_other() {
     let conntrack = otel_conntrack::Conntrack::builder().build().unwrap();
-    let both = conntrack.transport("x").unix_socket("/x").all_proxy("http://p");
-    assert!(both.build().unwrap_err().to_string().contains("unix_socket"));
+    let both = conntrack
+        .transport("x")
+        .unix_socket("/x")
+        .all_proxy("http://p");
+    assert!(
+        both.build()
+            .unwrap_err()
+            .to_string()
+            .contains("unix_socket")
+    );
 }

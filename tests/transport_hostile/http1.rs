@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use http_body_util::BodyExt;
-use otel_conntrack::{CloseReason, FailureReason, Initiator};
+use http_body_util::{BodyExt, StreamBody};
+use otel_conntrack::{CloseReason, FailureReason, HttpVersions, Initiator};
 
-use crate::hostile::{Behaviour, Command, Hostile, REQUEST_TIMEOUT};
+use crate::hostile::{Behaviour, Command, H2Behaviour, Hostile, REQUEST_TIMEOUT};
 use crate::lab::{Failed, lab, post, text};
 
 const PEER_CLOSED: (CloseReason, Initiator) = (CloseReason::PeerClosed, Initiator::Remote);
@@ -344,5 +344,56 @@ async fn a_server_that_ends_all_connections_fails_what_runs() {
             assert_eq!(lab.wait_closed(1).await, [why]);
             lab.end(&server).await;
         }
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_the_server_does_not_want_is_not_sent() {
+    let server = Hostile::start(Behaviour::Ok).await;
+    let lab = lab(|t| t.expect_continue_timeout(Duration::from_secs(60)));
+    let mut request = post(&server.uri("/expect-reject"), 10);
+    let expect = http::HeaderValue::from_static("100-continue");
+    request.headers_mut().insert("expect", expect);
+    let response = lab.transport.send(request).await.unwrap();
+    assert_eq!(response.status(), 417);
+    assert_eq!(text(response).await, "");
+    let closed = lab.wait_closed(1).await;
+    let good_order = [CloseReason::ConnectionClose, CloseReason::PeerClosed];
+    assert!(good_order.contains(&closed[0].0), "{closed:?}");
+    lab.end(&server).await;
+}
+
+#[tokio::test]
+async fn a_body_that_fails_fails_its_request_and_ends_the_connection() {
+    for (behaviour, versions) in [
+        (Behaviour::Ok, HttpVersions::Auto),
+        (Behaviour::NeverAnswer, HttpVersions::Auto),
+        (
+            Behaviour::H2(H2Behaviour::Ok {
+                max_concurrent_streams: None,
+            }),
+            HttpVersions::Http2,
+        ),
+    ] {
+        let server = Hostile::start(behaviour.clone()).await;
+        let lab = lab(|t| t.http_versions(versions));
+        let frames = [
+            Ok(hyper::body::Frame::data(bytes::Bytes::from_static(b"half"))),
+            Err("no more"),
+        ];
+        let body = StreamBody::new(futures_util::stream::iter(frames));
+        let request = http::Request::post(server.uri("/")).body(body).unwrap();
+        let error = lab.transport.send(request).await.unwrap_err();
+        let expected = Failed::sent("RequestBody", FailureReason::Other);
+        assert_eq!(Failed::of(&error), expected, "{behaviour:?}");
+        lab.wait_unused().await;
+        if versions == HttpVersions::Auto {
+            let cancelled = (CloseReason::RequestCancelled, Initiator::Local);
+            assert_eq!(lab.wait_closed(1).await, [cancelled], "{behaviour:?}");
+        } else {
+            assert_eq!(lab.get(&server.uri("/")).await.unwrap(), "ok");
+            assert_eq!((server.accepted(), lab.closed()), (1, vec![]));
+        }
+        lab.end(&server).await;
     }
 }

@@ -17,6 +17,7 @@ use otel_conntrack::{
 use crate::hostile::{Hostile, roots};
 use crate::otel::{Spans, attribute};
 
+#[derive(Clone)]
 pub(crate) struct Lab {
     pub(crate) conntrack: Conntrack,
     pub(crate) transport: Transport,
@@ -86,6 +87,29 @@ pub(crate) fn post(url: &str, bytes: usize) -> Request<Full<Bytes>> {
 pub(crate) async fn text(response: Response<ResponseBody>) -> String {
     let bytes = response.into_body().collect().await.unwrap().to_bytes();
     String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// Numbers that look random, and are the same each time.
+pub(crate) struct Seeded(u64);
+
+impl Seeded {
+    pub(crate) const fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub(crate) const fn below(&mut self, end: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 33) as usize % end
+    }
+}
+
+/// Lets others run, so many times.
+pub(crate) async fn turns(n: usize) {
+    for _ in 0..n {
+        tokio::task::yield_now().await;
+    }
 }
 
 /// How a request failed, in all that can be asked of its error.
@@ -237,9 +261,29 @@ impl Lab {
             stats.waiting_for_slot,
         ];
         assert_eq!(left, [0; 7], "{stats:?}");
+        // Another thread may be telling the last.
+        until("told", || {
+            self.events().len() as u64 == self.transport.stats().sequence
+        })
+        .await;
+        until("recorded", || {
+            let stats = self.conntrack.stats();
+            let dialer = stats.dialer("test").unwrap();
+            self.closes() == dialer.established as usize
+                && self.spans.named("connection ").len() as u64 >= dialer.established
+        })
+        .await;
         self.check_events();
         self.check_record();
         self.check_spans();
+    }
+
+    fn closes(&self) -> usize {
+        let events = self.seen.connections.lock().unwrap();
+        let closes = events
+            .iter()
+            .filter(|event| matches!(event.kind, ConnectionEventKind::Closed { .. }));
+        closes.count()
     }
 
     /// What begins ends, once, and the sums are those of the stats.

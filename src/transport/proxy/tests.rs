@@ -407,7 +407,7 @@ fn a_bad_url_is_an_error_with_the_setting_the_value_and_the_way_out() {
         ("socks4://u%00@p", "socks4://***@p", "NUL"),
     ] {
         let error = Proxies::builder().https(url).build().unwrap_err();
-        assert_eq!(error.setting(), "transport proxy https", "{url}");
+        assert_eq!(error.setting(), "https_proxy", "{url}");
         assert_eq!(error.value(), shown, "{url}");
         assert!(error.to_string().contains(help), "{url}: {error}");
     }
@@ -430,7 +430,7 @@ fn a_bad_no_proxy_entry_is_an_error_with_the_way_out() {
         ("bücher.example", "bücher.example", "xn--"),
     ] {
         let error = Proxies::builder().no_proxy(list).build().unwrap_err();
-        assert_eq!(error.setting(), "transport proxy no_proxy");
+        assert_eq!(error.setting(), "no_proxy");
         assert_eq!(error.value(), entry);
         assert!(error.to_string().contains(help), "{error}");
     }
