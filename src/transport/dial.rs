@@ -10,11 +10,13 @@ use std::future::Future;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper::rt::Executor;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::Notify;
 
 use crate::event::{
@@ -159,7 +161,12 @@ pub(crate) async fn dial(shell: Arc<Shell>, at: DialIx, origin: Arc<Origin>, sto
     };
     let failed = if h2 {
         let settings = &shell.settings;
-        let mut builder = http2::Builder::new(TokioExecutor::new());
+        let tasks = H2Tasks {
+            record: record.clone(),
+            pings: settings.keep_alive_ping.is_some(),
+            begun: Arc::default(),
+        };
+        let mut builder = http2::Builder::new(tasks);
         builder.timer(TokioTimer::new());
         if let Some((interval, timeout)) = settings.keep_alive_ping {
             builder
@@ -270,6 +277,38 @@ where
     };
     if let Err(error) = ended {
         note(&record, &error);
+    }
+}
+
+/// Runs the tasks that hyper wants for one HTTP/2 connection.
+#[derive(Clone)]
+struct H2Tasks {
+    record: Arc<Connection>,
+    pings: bool,
+    /// The first one was given: it owns the stream.
+    begun: Arc<AtomicBool>,
+}
+
+impl<F> Executor<F> for H2Tasks
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    fn execute(&self, task: F) {
+        if !self.pings || self.begun.swap(true, Relaxed) {
+            tokio::spawn(task);
+            return;
+        }
+        let record = self.record.clone();
+        tokio::spawn(async move {
+            let mut task = pin!(task);
+            task.as_mut().await;
+            // The stream is not closed yet. hyper ends without the peer's end, an error or a
+            // shutdown of its own in one case only; the driver learns of it when it is too late.
+            if record.hinted().is_none() {
+                let reason = CloseReason::KeepAliveTimeout;
+                record.hint(reason, reason.initiator());
+            }
+        });
     }
 }
 
