@@ -284,7 +284,9 @@ impl Errand<'_> {
                 let unprocessed = unprocessed(&error);
                 let silent = record.bytes().0 == read_before;
                 lease.failed(&error);
-                let dead = h1 && silent && !error.is_user() && !error.is_parse();
+                // On HTTP/2 a stream can end without its connection.
+                let ended = h1 && !error.is_user() && !error.is_parse() || is_io(&error);
+                let dead = silent && ended;
                 let error = TransportError::of_hyper(error, target_of(&self.uri))
                     .on(record.id)
                     .sent(true)
@@ -520,6 +522,11 @@ fn idempotent(request: &Request<SendBody>) -> Option<Request<SendBody>> {
     *copy.version_mut() = request.version();
     *copy.headers_mut() = request.headers().clone();
     Some(copy)
+}
+
+/// The connection ended, not the stream alone.
+fn is_io(error: &hyper::Error) -> bool {
+    std::error::Error::source(error).is_some_and(|e| e.is::<std::io::Error>())
 }
 
 /// The server says that it has not processed the request (RFC 9113, section 8.7).
