@@ -43,11 +43,13 @@ struct Errand<'a> {
     uri: Uri,
     route: Route,
     request: Option<RequestId>,
+    /// The response has the connection now; hooks stay until it is back.
+    answered: bool,
 }
 
 impl Drop for Errand<'_> {
     fn drop(&mut self) {
-        if let (Some(_), Some(request)) = (&self.hooks, self.request) {
+        if let (Some(_), Some(request), false) = (&self.hooks, self.request, self.answered) {
             self.shell.forget_hooks(request);
         }
     }
@@ -68,6 +70,7 @@ pub(crate) async fn send<B: Send + 'static>(
         route: shell.route(&uri),
         uri,
         request: None,
+        answered: false,
     };
     let give_back = |error: TransportError, request: Request<SendBody>, uri: &Uri| {
         let (mut parts, body) = request.into_parts();
@@ -271,6 +274,7 @@ impl Errand<'_> {
         };
         match answer {
             Ok(response) => {
+                self.answered = true;
                 Exchanged::Answer(Ok(self.answered(response, lease, record, h1, tunnel)))
             }
             Err(mut failed) => {

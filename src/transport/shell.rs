@@ -130,6 +130,8 @@ struct After {
             Option<ClosedBy>,
         ); 1],
     >,
+    /// Their drop is foreign code.
+    unheard: SmallVec<[Arc<dyn Observer>; 1]>,
     arm: Option<Duration>,
 }
 
@@ -498,13 +500,16 @@ impl Shell {
             let room = PENDING.saturating_sub(state.pending.len());
             let mut lost = 0;
             for (n, event) in state.pool.drain_events().enumerate() {
+                let hooks = event.request.and_then(|request| match event.kind {
+                    // It is the last that there is to tell; if it tries again, it brings them again.
+                    PoolEventKind::PutIdleConn { .. } => state.hooks.remove(&request),
+                    _ => state.hooks.get(&request).cloned(),
+                });
                 if n >= room {
                     lost += 1;
+                    after.unheard.extend(hooks);
                     continue;
                 }
-                let hooks = event
-                    .request
-                    .and_then(|request| state.hooks.get(&request).cloned());
                 state.pending.push_back((event, hooks));
             }
             if lost > 0 {
