@@ -579,16 +579,30 @@ impl Shell {
                     self.ask_the_kernel(snapshot);
                 }
                 self.scope.observers().on_pool_event(&event);
-                self.own.on_pool_event(&event);
-                if let Some(hooks) = hooks
-                    && shielded(|| hooks.on_pool_event(&event)).is_none()
-                {
-                    self.recorder.drops().observer_panics(1);
+                if !self.own.is_empty() {
+                    self.call(&self.own, &event);
+                }
+                if let Some(hooks) = hooks {
+                    self.call(&*hooks, &event);
                 }
             }
             if batch.capacity() > 1_024 {
                 batch = VecDeque::new();
             }
+        }
+    }
+
+    /// Calls an observer that only this pool knows, and counts panics: its own, and those that it
+    /// caught, as several that were composed do.
+    fn call(&self, observer: &dyn Observer, event: &PoolEvent) {
+        let caught = shielded(|| {
+            let before = observer.panics();
+            observer.on_pool_event(event);
+            observer.panics().saturating_sub(before)
+        });
+        match caught.unwrap_or(1) {
+            0 => {}
+            caught => self.recorder.drops().observer_panics(caught),
         }
     }
 

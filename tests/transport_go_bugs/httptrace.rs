@@ -49,7 +49,11 @@ async fn no_hook_is_called_after_the_request_has_failed() {
         at_rest(&transport).await;
         server.wait_open(0).await;
         // A panic in a hook is caught, so it is looked for where it is counted.
-        assert_eq!(_conntrack.stats().dropped.observer_panics, 0, "{behaviour:?}");
+        assert_eq!(
+            _conntrack.stats().dropped.observer_panics,
+            0,
+            "{behaviour:?}"
+        );
         assert_eq!(Arc::strong_count(&late.over), 1);
     }
 }
@@ -119,8 +123,8 @@ async fn a_hook_that_panics_harms_neither_pool_nor_others() {
         }
     }
     let server = Hostile::start(Behaviour::Ok).await;
-    let (conntrack, transport) = transport(|t| t);
-    let (panics, events) = (Panics::default(), Events::default());
+    let (panics, events, own) = (Panics::default(), Events::default(), Panics::default());
+    let (conntrack, transport) = transport(|t| t.observer(own.clone()));
     let mut request = get(server.uri("/"));
     RequestHooks::add(&mut request, panics.clone());
     RequestHooks::add(&mut request, events.clone());
@@ -129,7 +133,7 @@ async fn a_hook_that_panics_harms_neither_pool_nor_others() {
     until("all is told", || events.names().contains(&"PutIdleConn")).await;
     assert_eq!(panics.0.load(SeqCst), events.names().len() as u64);
     until("the panics are counted", || {
-        conntrack.stats().dropped.observer_panics == 3
+        conntrack.stats().dropped.observer_panics == 6
     })
     .await;
     // Nobody else's request is told to these hooks.
