@@ -47,6 +47,8 @@ pub(crate) struct Held {
     pub(crate) guard: RequestGuard,
     /// Of a request with hooks.
     pub(crate) tap: Option<Arc<Tap>>,
+    /// The request has no body, so it is written.
+    pub(crate) bodiless: bool,
     /// It serves no further request: the one or the other side said so.
     pub(crate) last: bool,
 }
@@ -148,6 +150,17 @@ impl Held {
         target.map(ToString::to_string).unwrap_or_default()
     }
 
+    /// Whether the connection can take a request, within a bounded time.
+    pub(crate) async fn ready(&mut self) -> bool {
+        match &mut self.sender {
+            Some(sender) if !sender.is_ready() => {
+                let ready = tokio::time::timeout(GRACE, poll_fn(|cx| sender.poll_ready(cx)));
+                matches!(ready.await, Ok(Ok(())))
+            }
+            _ => true,
+        }
+    }
+
     fn disarm(&self) {
         if let Some(tap) = &self.tap {
             tap.disarm();
@@ -166,13 +179,15 @@ impl Held {
         } else if self.last {
             self.hint(CloseReason::ConnectionClose);
             self.spent(CloseReason::ConnectionClose);
-        } else if self.sender.as_ref().is_some_and(|s| s.is_ready()) {
-            self.give_back(Back::Reusable);
         } else if self.sender.as_ref().is_none_or(|s| s.is_closed()) {
             let reason = self.why_closed();
             self.spent(reason);
+        } else if self.bodiless || self.sender.as_ref().is_some_and(|s| s.is_ready()) {
+            // The connection's task may be on another thread and not quite at the end: the next
+            // request waits for it, rather than for a dial.
+            self.give_back(Back::Reusable);
         } else {
-            // The connection's task has not got to the end, or the request is still being written.
+            // The request may still be being written.
             match tokio::runtime::Handle::try_current() {
                 Ok(runtime) => {
                     runtime.spawn(settle(self));
@@ -242,15 +257,13 @@ fn is_reset(error: &hyper::Error) -> bool {
 
 /// Waits until the connection can serve again, for a bounded time.
 async fn settle(mut held: Held) {
-    if let Some(sender) = &mut held.sender {
-        match tokio::time::timeout(GRACE, poll_fn(|cx| sender.poll_ready(cx))).await {
-            Ok(Ok(())) => held.give_back(Back::Reusable),
-            Ok(Err(_)) => {
-                let reason = held.why_closed();
-                held.spent(reason);
-            }
-            Err(_) => held.cancelled(),
-        }
+    if held.ready().await {
+        held.give_back(Back::Reusable);
+    } else if held.sender.as_ref().is_none_or(|s| s.is_closed()) {
+        let reason = held.why_closed();
+        held.spent(reason);
+    } else {
+        held.cancelled();
     }
 }
 

@@ -192,12 +192,36 @@ impl Errand<'_> {
         let settings = &self.shell.settings;
         self.caller.acquired(&record, record.request_started());
         let has_body = !request.body().is_end_stream();
-        let h1 = matches!(sender, Sender::H1(_));
+        let (h1, sender, h2) = match sender {
+            Sender::H1(sender) => (true, Some(sender), None),
+            // The pool has the connection's own; this one is dropped when it has sent.
+            Sender::H2(sender) => (false, None, Some(sender)),
+        };
+        let mut lease = Lease::new(Held {
+            shell: self.shell.clone(),
+            conn: grant.conn,
+            request: grant.request,
+            h1,
+            sender,
+            guard: RequestGuard::new(record.clone()),
+            tap: h1.then(|| tap.clone()),
+            bodiless: !has_body,
+            last: false,
+        });
+        if grant.reused
+            && let Some(held) = lease.held()
+            && !held.ready().await
+        {
+            lease.unsent();
+            let error = self.error(TransportErrorKind::Cancelled).on(record.id);
+            return Exchanged::Again(request, error);
+        }
         let tunnel = request.method() == Method::CONNECT;
-        let mut last = false;
         let mut gate = None;
         if h1 {
-            last = !settings.limits.keep_alive || says_close(request.headers());
+            if let Some(held) = lease.held() {
+                held.last = !settings.limits.keep_alive || says_close(request.headers());
+            }
             self.prepare_h1(&mut request, host);
             if has_body && expects_continue(request.headers()) {
                 gate = Some(Arc::new(Gate::default()));
@@ -222,26 +246,17 @@ impl Errand<'_> {
             .then(|| idempotent(&request))
             .flatten();
         let read_before = record.bytes().0;
-        let (exchange, sender) = match sender {
-            Sender::H1(mut sender) => {
-                let exchange = sender.try_send_request(request);
-                (Either::Left(exchange), Some(sender))
+        let exchange = match (h2, lease.held().and_then(|held| held.sender.as_mut())) {
+            (Some(mut sender), _) => Either::Right(sender.try_send_request(request)),
+            (None, Some(sender)) => Either::Left(sender.try_send_request(request)),
+            (None, None) => {
+                let error = self.error(TransportErrorKind::Cancelled).on(record.id);
+                return Exchanged::Again(request, error);
             }
-            // The pool has the connection's own; this one would only keep hyper's channel alive.
-            Sender::H2(mut sender) => (Either::Right(sender.try_send_request(request)), None),
         };
         let mut exchange = pin!(exchange);
         // Declared after the exchange, so dropped before it: a cancel says why first.
-        let mut lease = Lease::new(Held {
-            shell: self.shell.clone(),
-            conn: grant.conn,
-            request: grant.request,
-            h1,
-            sender,
-            guard: RequestGuard::new(record.clone()),
-            tap: h1.then(|| tap.clone()),
-            last,
-        });
+        let mut lease = lease;
         // A request that enters hyper's channel while the connection's task ends can be left lying
         // in it, unanswered for as long as there is a sender (hyper #4122). So the sender goes with
         // the socket, and hyper gives the request back.

@@ -230,7 +230,13 @@ async fn at_the_limit_connections_are_handed_on_not_churned() {
     watch.done();
     assert!(server.accepted() <= 4, "{}", server.accepted());
     let stats = conntrack.stats();
-    let closed: u64 = stats.dialer("test").unwrap().closed.iter().map(|c| c.1).sum();
+    let closed: u64 = stats
+        .dialer("test")
+        .unwrap()
+        .closed
+        .iter()
+        .map(|c| c.1)
+        .sum();
     assert_eq!(closed, 0);
     at_rest(&transport).await;
     assert_sums(&transport.stats());

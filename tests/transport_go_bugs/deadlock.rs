@@ -42,7 +42,10 @@ async fn requests_dropped_at_any_point_hold_up_nobody() {
         })
         .collect();
     for worker in workers {
-        tokio::time::timeout(FOREVER, worker).await.unwrap().unwrap();
+        tokio::time::timeout(FOREVER, worker)
+            .await
+            .unwrap()
+            .unwrap();
     }
     watch.done();
     assert_nothing_lost(&conntrack, &transport).await;
@@ -179,13 +182,19 @@ async fn hooks_may_call_the_pool() {
                     let mut request = get(&url);
                     RequestHooks::add(&mut request, hook.clone());
                     let response = transport.send(request).await.unwrap();
-                    assert_eq!(crate::support::text(response.into_body()).await.unwrap(), "ok");
+                    assert_eq!(
+                        crate::support::text(response.into_body()).await.unwrap(),
+                        "ok"
+                    );
                 }
             })
         })
         .collect();
     for worker in workers {
-        tokio::time::timeout(FOREVER, worker).await.expect("a deadlock").unwrap();
+        tokio::time::timeout(FOREVER, worker)
+            .await
+            .expect("a deadlock")
+            .unwrap();
     }
     assert!(hook.calls.load(Relaxed) > 100);
     assert_nothing_lost(&conntrack, &transport).await;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use otel_conntrack::{
-    CloseReason, Conntrack, ConnectionEventKind, HttpVersions, PoolEventKind, TransportErrorKind,
+    CloseReason, ConnectionEventKind, Conntrack, HttpVersions, PoolEventKind, TransportErrorKind,
     WaitOutcome,
 };
 
@@ -161,7 +161,10 @@ async fn the_idle_timeout_is_that_of_http2_too() {
     assert_eq!(held.await.unwrap().unwrap(), "ok");
     server.wait_open(0).await;
     assert_eq!(closed_as(&conntrack, CloseReason::IdleTimeout), 1);
-    assert_eq!(transport.stats().event_with("IdleConnOut", "idle_timeout"), 1);
+    assert_eq!(
+        transport.stats().event_with("IdleConnOut", "idle_timeout"),
+        1
+    );
 }
 
 /// #13774, #27044 (and hyper #2197, #3623): at the peer's `MAX_CONCURRENT_STREAMS`, is another
@@ -178,7 +181,10 @@ async fn over_the_stream_limit_a_connection_is_added_or_the_queue_is_joined() {
         transport(|t| t.http_versions(HttpVersions::Http2).max_conns_per_host(2));
     assert_eq!(fetch(&transport, &server.uri("/")).await.unwrap(), "ok");
     server.set(Behaviour::H2(H2Behaviour::Hold));
-    let mut held = vec![spawn(&transport, server.uri("/")), spawn(&transport, server.uri("/"))];
+    let mut held = vec![
+        spawn(&transport, server.uri("/")),
+        spawn(&transport, server.uri("/")),
+    ];
     server.wait_requests(3).await;
     assert_eq!(server.accepted(), 1);
     // The third opens a connection. (Its SETTINGS allow any number, so the limit is set again.)
@@ -193,7 +199,10 @@ async fn over_the_stream_limit_a_connection_is_added_or_the_queue_is_joined() {
     // The fourth waits, if the limit has come; a request that met the old one is held as well.
     loop {
         let (before, request) = (server.requests(), spawn(&transport, server.uri("/")));
-        until("it waits or is held", || all(1) || server.requests() > before).await;
+        until("it waits or is held", || {
+            all(1) || server.requests() > before
+        })
+        .await;
         held.push(request);
         if all(1) {
             break;
@@ -254,9 +263,7 @@ async fn close_idle_connections_closes_those_of_http2() {
 async fn a_cancelled_stream_costs_nobody_else() {
     let server = Hostile::start(Behaviour::H2(H2Behaviour::Hold)).await;
     let (_conntrack, transport) = transport(|t| t.http_versions(HttpVersions::Http2));
-    let requests: Vec<_> = (0..6)
-        .map(|_| spawn(&transport, server.uri("/")))
-        .collect();
+    let requests: Vec<_> = (0..6).map(|_| spawn(&transport, server.uri("/"))).collect();
     server.wait_requests(6).await;
     for request in &requests[..3] {
         request.abort();
@@ -277,7 +284,8 @@ async fn every_http2_request_gets_and_got_a_connection() {
     let server = Hostile::start(OK).await;
     let events = Events::default();
     let (_conntrack, transport) = transport(|t| {
-        t.http_versions(HttpVersions::Http2).observer(events.clone())
+        t.http_versions(HttpVersions::Http2)
+            .observer(events.clone())
     });
     let requests: Vec<_> = (0..10)
         .map(|_| spawn(&transport, server.uri("/")))
@@ -323,12 +331,8 @@ async fn every_http2_request_gets_and_got_a_connection() {
 /// whatever comes after it.
 #[tokio::test]
 async fn the_tls_handshake_is_told_of_with_http2() {
-    let server = Hostile::start_tls(
-        Behaviour::Ok,
-        crate::hostile::Certificate::Good,
-        &["h2"],
-    )
-    .await;
+    let server =
+        Hostile::start_tls(Behaviour::Ok, crate::hostile::Certificate::Good, &["h2"]).await;
     let (seen, mut events) = otel_conntrack::channel(1_000);
     let conntrack = Conntrack::builder().observer(seen).build().unwrap();
     let (_conntrack, transport) = of(conntrack, |t| t);

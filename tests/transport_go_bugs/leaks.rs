@@ -54,7 +54,10 @@ async fn nothing_of_a_finished_request_is_kept() {
         at_rest(&transport).await;
         assert_eq!(transport.stats().idle, 1);
         until("its body is freed", || body.strong_count() == 0).await;
-        until("its extensions are freed", || extensions.strong_count() == 0).await;
+        until("its extensions are freed", || {
+            extensions.strong_count() == 0
+        })
+        .await;
         until("its hooks are freed", || hooks.strong_count() == 0).await;
     }
 }
@@ -165,15 +168,10 @@ async fn races_of_close_and_cancel_leave_no_hooks_behind() {
 /// but at most `max_background_dials`; who asks again takes over one that is there.
 #[tokio::test]
 async fn dials_that_lost_their_request_are_bounded() {
-    let server = Hostile::start_tls(
-        Behaviour::StallHandshake,
-        Certificate::Good,
-        &["http/1.1"],
-    )
-    .await;
-    let (conntrack, transport) = transport(|t| {
-        t.http_versions(HttpVersions::Http1).max_background_dials(3)
-    });
+    let server =
+        Hostile::start_tls(Behaviour::StallHandshake, Certificate::Good, &["http/1.1"]).await;
+    let (conntrack, transport) =
+        transport(|t| t.http_versions(HttpVersions::Http1).max_background_dials(3));
     // One after the other: each takes over the dial that its predecessor left.
     for _ in 0..50 {
         poll_times(fetch(&transport, &server.uri("/")), 2).await;
@@ -233,7 +231,11 @@ async fn polling_at_the_idle_timeout_leaks_no_tasks() {
     let server = Hostile::start(Behaviour::Ok).await;
     let timeout = Duration::from_millis(15);
     let (_conntrack, transport) = transport(|t| t.idle_timeout(timeout));
-    let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    let tasks = || {
+        tokio::runtime::Handle::current()
+            .metrics()
+            .num_alive_tasks()
+    };
     fetch(&transport, &server.uri("/")).await.unwrap();
     server.wait_open(0).await;
     at_rest(&transport).await;

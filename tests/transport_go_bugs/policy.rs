@@ -11,7 +11,10 @@ use crate::support::{assert_nothing_lost, at_rest, fetch, get, spawn, text, tran
 /// Which connection served it, by the server's number.
 async fn served_by(transport: &Transport, url: &str) -> String {
     let response = transport.send(get(url)).await.unwrap();
-    let by = response.headers()["x-connection"].to_str().unwrap().to_owned();
+    let by = response.headers()["x-connection"]
+        .to_str()
+        .unwrap()
+        .to_owned();
     text(response.into_body()).await.unwrap();
     at_rest(transport).await;
     by
@@ -62,7 +65,10 @@ async fn lifo_lets_what_is_not_needed_time_out() {
         fetch(&transport, &server.uri("/")).await.unwrap();
     }
     assert_eq!(server.accepted(), 4);
-    assert_eq!(transport.stats().event_with("IdleConnOut", "idle_timeout"), 3);
+    assert_eq!(
+        transport.stats().event_with("IdleConnOut", "idle_timeout"),
+        3
+    );
 }
 
 /// #23427, #43905, #54429, PR #46714 (open in Go): a connection is used for as long as it lives, so
@@ -101,7 +107,10 @@ async fn a_connection_is_not_used_beyond_its_lifetime() {
         assert_eq!(server.accepted(), 2);
         let stats = conntrack.stats();
         let closed = &stats.dialer("test").unwrap().closed;
-        assert!(closed.contains(&(CloseReason::MaxLifetime, 2)), "{closed:?}");
+        assert!(
+            closed.contains(&(CloseReason::MaxLifetime, 2)),
+            "{closed:?}"
+        );
         assert_nothing_lost(&conntrack, &transport).await;
     }
 }

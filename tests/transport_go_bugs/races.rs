@@ -17,8 +17,7 @@ use crate::support::{
 async fn a_dial_that_lost_the_race_becomes_a_spare() {
     let server = Hostile::start(Behaviour::Ok).await;
     let (names, events) = (Names::new(true), Events::default());
-    let (conntrack, transport) =
-        transport(|t| t.resolver(names.clone()).observer(events.clone()));
+    let (conntrack, transport) = transport(|t| t.resolver(names.clone()).observer(events.clone()));
     let url = |path| format!("http://server.test:{}{path}", server.address.port());
     let first = spawn(&transport, url("/hold"));
     server.wait_requests(1).await;
@@ -41,12 +40,18 @@ async fn a_dial_that_lost_the_race_becomes_a_spare() {
     assert_eq!(won, 1);
     at_rest_but_dialling(&transport).await;
     let stats = transport.stats();
-    assert_eq!((stats.background_dials, stats.dialing, stats.idle), (1, 1, 1));
+    assert_eq!(
+        (stats.background_dials, stats.dialing, stats.idle),
+        (1, 1, 1)
+    );
     names.set_going(true);
     until("the spare is there", || transport.stats().idle == 2).await;
     assert_eq!(transport.stats().background_dials, 0);
     // Both serve a burst of two; nothing more is dialled.
-    let burst = [spawn(&transport, url("/hold")), spawn(&transport, url("/hold"))];
+    let burst = [
+        spawn(&transport, url("/hold")),
+        spawn(&transport, url("/hold")),
+    ];
     server.wait_requests(4).await;
     server.command(Command::Release);
     for request in burst {
