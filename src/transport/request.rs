@@ -29,8 +29,9 @@ use crate::transport::pool::{Asker, ConnIx};
 use crate::transport::proxy::Route;
 use crate::transport::shell::{Begun, Granted, Served, Shell, Ticket};
 
-/// How often a request is tried again of which nothing was sent: each try costs the pool a dead
-/// connection.
+/// How often a request is tried on connections made for it, or refused. Those that had served others
+/// and were found dead do not count: each is one less, and the pool may have many after a server's
+/// restart.
 const TRIES: usize = 8;
 
 type Answer = Result<Response<ResponseBody>, TransportError>;
@@ -83,7 +84,6 @@ pub(crate) async fn send<B: Send + 'static>(
     let mut request = request;
     let mut tries = 0;
     loop {
-        tries += 1;
         let needs_host = !request.headers().contains_key(HOST);
         let (granted, host) = match errand.connection(needs_host).await {
             Ok(granted) => granted,
@@ -91,7 +91,8 @@ pub(crate) async fn send<B: Send + 'static>(
         };
         match errand.exchange(granted, host, request).await {
             Exchanged::Answer(answer) => return answer,
-            Exchanged::Again(again, error) => {
+            Exchanged::Again(again, error, why) => {
+                tries += usize::from(why == Why::Other);
                 if tries >= TRIES {
                     return Err(give_back(error, again, &errand.uri));
                 }
@@ -104,7 +105,15 @@ pub(crate) async fn send<B: Send + 'static>(
 enum Exchanged {
     Answer(Answer),
     /// Nothing was sent, or it does no harm to send it again.
-    Again(Request<SendBody>, TransportError),
+    Again(Request<SendBody>, TransportError, Why),
+}
+
+/// Why a request is tried again.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Why {
+    /// The connection had served others, and is dead.
+    Stale,
+    Other,
 }
 
 impl Errand<'_> {
@@ -214,8 +223,14 @@ impl Errand<'_> {
         {
             lease.unsent();
             let error = self.error(TransportErrorKind::Cancelled).on(record.id);
-            return Exchanged::Again(request, error);
+            return Exchanged::Again(request, error, Why::Stale);
         }
+        // A new HTTP/2 connection serves many at once; if it dies under them, that is no leftover.
+        let stale = if h1 && grant.reused {
+            Why::Stale
+        } else {
+            Why::Other
+        };
         let tunnel = request.method() == Method::CONNECT;
         let mut gate = None;
         if h1 {
@@ -251,7 +266,7 @@ impl Errand<'_> {
             (None, Some(sender)) => Either::Left(sender.try_send_request(request)),
             (None, None) => {
                 let error = self.error(TransportErrorKind::Cancelled).on(record.id);
-                return Exchanged::Again(request, error);
+                return Exchanged::Again(request, error, stale);
             }
         };
         let mut exchange = pin!(exchange);
@@ -297,7 +312,7 @@ impl Errand<'_> {
                     lease.unsent();
                     *unsent.uri_mut() = self.uri.clone();
                     let error = TransportError::of_hyper(failed.into_error(), target_of(&self.uri));
-                    return Exchanged::Again(unsent, error.on(record.id));
+                    return Exchanged::Again(unsent, error.on(record.id), stale);
                 }
                 let error = failed.into_error();
                 let unprocessed = unprocessed(&error);
@@ -313,7 +328,8 @@ impl Errand<'_> {
                 match copy {
                     Some(mut copy) if dead || unprocessed => {
                         *copy.uri_mut() = self.uri.clone();
-                        Exchanged::Again(copy, error)
+                        let why = if dead { stale } else { Why::Other };
+                        Exchanged::Again(copy, error, why)
                     }
                     _ => Exchanged::Answer(Err(error)),
                 }
