@@ -120,10 +120,17 @@ async fn a_connection_is_not_used_beyond_its_lifetime() {
 async fn lifetimes_are_spread() {
     let server = Hostile::start(Behaviour::Ok).await;
     let (conntrack, transport) = transport(|t| {
-        t.max_lifetime(Duration::from_millis(200))
-            .lifetime_jitter(1.0)
+        t.max_lifetime(Duration::from_millis(300))
+            .lifetime_jitter(0.5)
     });
-    have_idle(&transport, &server, 20).await;
+    let requests: Vec<_> = (0..20)
+        .map(|_| spawn(&transport, server.uri("/hold")))
+        .collect();
+    server.wait_requests(20).await;
+    server.command(Command::Release);
+    for request in requests {
+        assert_eq!(request.await.unwrap().unwrap(), "ok");
+    }
     server.wait_open(0).await;
     let ages: Vec<_> = conntrack
         .recently_closed()
@@ -132,6 +139,6 @@ async fn lifetimes_are_spread() {
         .collect();
     let (least, most) = (ages.iter().min().unwrap(), ages.iter().max().unwrap());
     assert_eq!(ages.len(), 20);
-    // Of twenty, uniform over 200 ms, all within 20 ms has a chance of 10^-18.
+    // Of twenty, uniform over 150 ms, all within 20 ms have a chance of 10^-15.
     assert!(*most - *least > Duration::from_millis(20), "{ages:?}");
 }
