@@ -49,6 +49,8 @@ pub(crate) struct Held {
     pub(crate) sender: Option<http1::SendRequest<SendBody>>,
     pub(crate) guard: RequestGuard,
     pub(crate) tap: Arc<Tap>,
+    /// The request has no body, so it is written.
+    pub(crate) bodiless: bool,
     /// It serves no further request: the one or the other side said so.
     pub(crate) last: bool,
     /// Of a request whose body was not asked for.
@@ -148,6 +150,17 @@ impl Drop for Lease {
 }
 
 impl Held {
+    /// Whether the connection can take a request, within a bounded time.
+    pub(crate) async fn ready(&mut self) -> bool {
+        match &mut self.sender {
+            Some(sender) if !sender.is_ready() => {
+                let ready = tokio::time::timeout(GRACE, poll_fn(|cx| sender.poll_ready(cx)));
+                matches!(ready.await, Ok(Ok(())))
+            }
+            _ => true,
+        }
+    }
+
     fn disarm(&self) {
         if self.h1 {
             self.tap.disarm();
@@ -166,11 +179,13 @@ impl Held {
         } else if self.last {
             self.hint(CloseReason::ConnectionClose);
             self.spent(CloseReason::ConnectionClose);
-        } else if self.sender.as_ref().is_some_and(|s| s.is_ready()) {
-            self.give_back(Back::Reusable);
         } else if self.sender.as_ref().is_none_or(|s| s.is_closed()) {
             let reason = self.why_closed();
             self.spent(reason);
+        } else if self.bodiless || self.sender.as_ref().is_some_and(|s| s.is_ready()) {
+            // The connection's task may be on another thread and not quite at the end: the next
+            // request waits for it, rather than for a dial.
+            self.give_back(Back::Reusable);
         } else {
             // The connection's task has not got to the end, or the request is still being written.
             match self.shell.runtime() {
@@ -261,15 +276,13 @@ fn gave_up(error: &hyper::Error) -> bool {
 
 /// Waits until the connection can serve again, for a bounded time.
 async fn settle(mut held: Held) {
-    if let Some(sender) = &mut held.sender {
-        match tokio::time::timeout(GRACE, poll_fn(|cx| sender.poll_ready(cx))).await {
-            Ok(Ok(())) => held.give_back(Back::Reusable),
-            Ok(Err(_)) => {
-                let reason = held.why_closed();
-                held.spent(reason);
-            }
-            Err(_) => held.cancelled(),
-        }
+    if held.ready().await {
+        held.give_back(Back::Reusable);
+    } else if held.sender.as_ref().is_none_or(|s| s.is_closed()) {
+        let reason = held.why_closed();
+        held.spent(reason);
+    } else {
+        held.cancelled();
     }
 }
 

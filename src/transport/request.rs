@@ -28,8 +28,9 @@ use crate::transport::pool::{Asker, ConnIx};
 use crate::transport::proxy::Route;
 use crate::transport::shell::{Begun, Granted, RequestObservers, Served, Shell, Ticket};
 
-/// How often a request is tried again of which nothing was sent: each try costs the pool a dead
-/// connection.
+/// How often a request is tried on connections made for it, or refused. Those that had served others
+/// and were found dead do not count: each is one less, and the pool may have many after a server's
+/// restart.
 const TRIES: usize = 8;
 
 type Answer = Result<Response<ResponseBody>, TransportError>;
@@ -91,7 +92,6 @@ pub(crate) async fn send<B: Send + 'static>(
     }
     let mut tries = 0;
     loop {
-        tries += 1;
         let needs_host = !request.headers().contains_key(HOST);
         let (granted, host) = match errand.connection(needs_host).await {
             Ok(granted) => granted,
@@ -99,7 +99,8 @@ pub(crate) async fn send<B: Send + 'static>(
         };
         match errand.exchange(granted, host, request).await {
             Exchanged::Answer(answer) => return answer,
-            Exchanged::Again(again, error) => {
+            Exchanged::Again(again, error, why) => {
+                tries += usize::from(why == Why::Other);
                 if tries >= TRIES {
                     return Err(give_back(error, again, &errand.uri));
                 }
@@ -112,7 +113,15 @@ pub(crate) async fn send<B: Send + 'static>(
 enum Exchanged {
     Answer(Answer),
     /// Nothing was sent, or it does no harm to send it again.
-    Again(Request<SendBody>, TransportError),
+    Again(Request<SendBody>, TransportError, Why),
+}
+
+/// Why a request is tried again.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Why {
+    /// The connection had served others, and is dead.
+    Stale,
+    Other,
 }
 
 impl Errand<'_> {
@@ -202,12 +211,44 @@ impl Errand<'_> {
         let settings = &self.shell.settings;
         self.caller.acquired(&record, record.request_started());
         let has_body = !request.body().is_end_stream();
-        let h1 = matches!(sender, Sender::H1(_));
+        let (h1, sender, h2) = match sender {
+            Sender::H1(sender) => (true, Some(sender), None),
+            // The pool has the connection's own; this one is dropped when it has sent.
+            Sender::H2(sender) => (false, None, Some(sender)),
+        };
+        let mut lease = Lease::new(Held {
+            shell: self.shell.clone(),
+            conn: grant.conn,
+            request: grant.request,
+            uri: self.uri.clone(),
+            h1,
+            sender,
+            guard: RequestGuard::new(record.clone()),
+            tap: tap.clone(),
+            bodiless: !has_body,
+            last: false,
+            refusal: None,
+        });
+        if grant.reused
+            && let Some(held) = lease.held()
+            && !held.ready().await
+        {
+            lease.unsent();
+            let error = self.error(TransportErrorKind::Cancelled).on(record.id);
+            return Exchanged::Again(request, error, Why::Stale);
+        }
+        // A new HTTP/2 connection serves many at once; if it dies under them, that is no leftover.
+        let stale = if h1 && grant.reused {
+            Why::Stale
+        } else {
+            Why::Other
+        };
         let tunnel = request.method() == Method::CONNECT;
-        let mut last = false;
         let mut gate = None;
         if h1 {
-            last = !settings.limits.keep_alive || says_close(request.headers());
+            if let Some(held) = lease.held() {
+                held.last = !settings.limits.keep_alive || says_close(request.headers());
+            }
             self.prepare_h1(&mut request, host);
             if has_body && expects_continue(request.headers()) {
                 gate = Some(Arc::new(Gate::default()));
@@ -234,28 +275,17 @@ impl Errand<'_> {
             .then(|| idempotent(&request))
             .flatten();
         let read_before = record.bytes().0;
-        let (exchange, sender) = match sender {
-            Sender::H1(mut sender) => {
-                let exchange = sender.try_send_request(request);
-                (Either::Left(exchange), Some(sender))
+        let exchange = match (h2, lease.held().and_then(|held| held.sender.as_mut())) {
+            (Some(mut sender), _) => Either::Right(sender.try_send_request(request)),
+            (None, Some(sender)) => Either::Left(sender.try_send_request(request)),
+            (None, None) => {
+                let error = self.error(TransportErrorKind::Cancelled).on(record.id);
+                return Exchanged::Again(request, error, stale);
             }
-            // The pool has the connection's own; this one would only keep hyper's channel alive.
-            Sender::H2(mut sender) => (Either::Right(sender.try_send_request(request)), None),
         };
         let mut exchange = pin!(exchange);
         // Declared after the exchange, so dropped before it: a cancel says why first.
-        let mut lease = Lease::new(Held {
-            shell: self.shell.clone(),
-            conn: grant.conn,
-            request: grant.request,
-            uri: self.uri.clone(),
-            h1,
-            sender,
-            guard: RequestGuard::new(record.clone()),
-            tap: tap.clone(),
-            last,
-            refusal: None,
-        });
+        let mut lease = lease;
         // A request that enters hyper's channel while the connection's task ends can be left lying
         // in it, unanswered for as long as there is a sender (hyper #4122). So the sender goes with
         // the socket, and hyper gives the request back.
@@ -299,13 +329,15 @@ impl Errand<'_> {
                     lease.unsent();
                     self.restore(&mut unsent);
                     let error = TransportError::of_hyper(failed.into_error(), target_of(&self.uri));
-                    return Exchanged::Again(unsent, error.on(record.id));
+                    return Exchanged::Again(unsent, error.on(record.id), stale);
                 }
                 let error = failed.into_error();
                 let unprocessed = unprocessed(&error);
                 let silent = record.bytes().0 == read_before;
                 lease.failed(&error);
-                let dead = h1 && silent && !error.is_user() && !error.is_parse();
+                // On HTTP/2 a stream can end without its connection.
+                let ended = h1 && !error.is_user() && !error.is_parse() || is_io(&error);
+                let dead = silent && ended;
                 let error = TransportError::of_hyper(error, target_of(&self.uri))
                     .on(record.id)
                     .sent(true)
@@ -313,7 +345,8 @@ impl Errand<'_> {
                 match copy {
                     Some(mut copy) if dead || unprocessed => {
                         self.restore(&mut copy);
-                        Exchanged::Again(copy, error)
+                        let why = if dead { stale } else { Why::Other };
+                        Exchanged::Again(copy, error, why)
                     }
                     _ => Exchanged::Answer(Err(error)),
                 }
@@ -566,6 +599,11 @@ fn idempotent(request: &Request<SendBody>) -> Option<Request<SendBody>> {
     *copy.headers_mut() = request.headers().clone();
     *copy.extensions_mut() = request.extensions().clone();
     Some(copy)
+}
+
+/// The connection ended, not the stream alone.
+fn is_io(error: &hyper::Error) -> bool {
+    std::error::Error::source(error).is_some_and(|e| e.is::<std::io::Error>())
 }
 
 /// The server says that it has not processed the request (RFC 9113, section 8.7).

@@ -63,7 +63,6 @@ pub(crate) struct Shell {
     pub(crate) scope: Arc<Scope>,
     own: Composed,
     /// How many panics of these are counted already.
-    own_panics: AtomicU64,
     epoch: Instant,
     state: Mutex<State>,
     clock: Arc<Clock>,
@@ -179,7 +178,6 @@ impl Shell {
             recorder,
             scope,
             own,
-            own_panics: AtomicU64::new(0),
             epoch: Instant::now(),
             clock: Arc::default(),
             runtime: Mutex::default(),
@@ -688,18 +686,11 @@ impl Shell {
                     self.recorder.drops().observer_panics(1);
                 }
             }
-            // One drainer at a time, so none is counted twice.
-            let panics = self.own.panics();
-            let before = self.own_panics.swap(panics, Relaxed);
-            self.recorder
-                .drops()
-                .observer_panics(panics.saturating_sub(before));
             if batch.capacity() > 1_024 {
                 batch = VecDeque::new();
             }
         }
     }
-
     fn ask_the_kernel(&self, snapshot: &mut PoolSnapshot) {
         for active in &mut snapshot.active {
             let record = self.scope.find(active.connection);

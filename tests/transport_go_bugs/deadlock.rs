@@ -134,15 +134,15 @@ impl CallsBack {
         transport.stats();
         conntrack.stats();
         conntrack.connections();
-        if n % 5 == 0 {
+        if n.is_multiple_of(5) {
             transport.close_idle_connections();
         }
         // A request that begins and is dropped within the hook, ...
-        if n % 3 == 0 && n < 1_000 {
+        if n.is_multiple_of(3) && n < 1_000 {
             drop(transport.send(get(url)).now_or_never());
         }
         // ... and one that goes on in a task: its own events come back here, so not too many.
-        if n % 7 == 0 && self.sent.fetch_add(1, Relaxed) < 50 {
+        if n.is_multiple_of(7) && self.sent.fetch_add(1, Relaxed) < 50 {
             drop(spawn(transport, url));
         }
         drop(transport.clone());
