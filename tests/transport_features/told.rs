@@ -48,6 +48,17 @@ impl Told {
     }
 }
 
+impl Told {
+    /// Waits until the event of this number is there.
+    pub(crate) async fn wait_for_sequence(&self, sequence: u64) {
+        let mut count = self.count.subscribe();
+        let last = || self.events.lock().unwrap().last().map_or(0, |e| e.sequence);
+        let come = count.wait_for(|_| last() >= sequence);
+        let come = tokio::time::timeout(Duration::from_secs(60), come).await;
+        assert!(come.is_ok(), "{sequence} never comes after {}", last());
+    }
+}
+
 /// An event as one line.
 pub(crate) fn line(event: &PoolEvent) -> String {
     let name = event.kind.name();
