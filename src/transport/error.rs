@@ -74,13 +74,16 @@ pub enum TransportErrorKind {
         timeout: Duration,
     },
     /// The server broke the protocol.
-    #[error("the answer is not HTTP: {0}")]
+    #[error("the answer is not HTTP: {}", chain(_0))]
     Protocol(Arc<hyper::Error>),
     /// The connection ended before the response was whole.
-    #[error("the connection was closed before the response was complete: {0}")]
+    #[error(
+        "the connection was closed before the response was complete: {}",
+        chain(_0)
+    )]
     ConnectionClosed(Arc<hyper::Error>),
     /// The request's own body failed.
-    #[error("the request's body failed: {0}")]
+    #[error("the request's body failed: {}", chain(_0))]
     RequestBody(Arc<hyper::Error>),
     /// The server ended the request's HTTP/2 stream; the connection goes on.
     #[error("the server reset the request's stream: {0}")]
@@ -240,6 +243,21 @@ fn is_reset_by_us(error: &hyper::Error) -> bool {
 fn is_reset_by_peer(error: &hyper::Error) -> bool {
     let h2 = std::error::Error::source(error).and_then(|e| e.downcast_ref::<h2::Error>());
     h2.is_some_and(|e| e.is_reset() && e.is_remote())
+}
+
+/// An error with its causes: hyper's own words are only the outermost.
+fn chain(error: &hyper::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.ends_with(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        cause = error.source();
+    }
+    text
 }
 
 /// Scheme, host and port: no path, no query, no user.

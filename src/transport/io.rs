@@ -121,6 +121,16 @@ impl Endpoints for Stream {
             Self::Other(_) => None,
         }
     }
+
+    #[cfg(unix)]
+    fn socket(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        match self {
+            Self::Tcp(tcp) => tcp.socket(),
+            Self::Unix(_) | Self::Other(_) => None,
+            #[cfg(feature = "tls")]
+            Self::Tls(tls) => tls.get_ref().0.socket(),
+        }
+    }
 }
 
 const FIRST_WRITE: u8 = 1;

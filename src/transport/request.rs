@@ -271,7 +271,8 @@ impl Errand<'_> {
         // A spare that no request had yet may have been closed while it was idle, too.
         let was_idle = grant.reused || grant.was_idle;
         // What can be sent twice without harm is kept, in case the connection was dead already.
-        let copy = (settings.retry_idempotent && was_idle && !has_body)
+        // On HTTP/2 the peer may say of a new connection, too, that it processes no more.
+        let copy = (settings.retry_idempotent && (was_idle || !h1) && !has_body)
             .then(|| idempotent(&request))
             .flatten();
         let read_before = record.bytes().0;
@@ -337,7 +338,7 @@ impl Errand<'_> {
                 lease.failed(&error);
                 // On HTTP/2 a stream can end without its connection.
                 let ended = h1 && !error.is_user() && !error.is_parse() || is_io(&error);
-                let dead = silent && ended;
+                let dead = silent && ended && was_idle;
                 let error = TransportError::of_hyper(error, target_of(&self.uri))
                     .on(record.id)
                     .sent(true)

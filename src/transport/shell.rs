@@ -11,7 +11,10 @@ use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
 use std::mem;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicBool, AtomicU64,
+    Ordering::{Relaxed, SeqCst},
+};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::task::{Poll, Waker};
 use std::time::{Duration, SystemTime};
@@ -22,7 +25,7 @@ use slab::Slab;
 use smallvec::SmallVec;
 use tokio::runtime::Handle as Runtime;
 use tokio::sync::Notify;
-use tokio::task::{AbortHandle, JoinHandle};
+use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use crate::event::{CloseReason, PoolEvent, PoolEventKind, PoolSnapshot, RequestId, WaitOutcome};
@@ -627,12 +630,14 @@ impl Shell {
         }
         if let Some(at) = after.arm {
             self.clock.arm(self, at);
+        } else if self.clock.stopped() {
+            self.clock.run_on(self);
         }
     }
 
     /// Runs a task on the runtime that is current, or on the last one that was: a connection may be
     /// given back by whoever drops a response, anywhere. With none, the task is dropped.
-    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) -> Option<JoinHandle<()>> {
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         let mut known = lock(&self.runtime);
         if let Ok(current) = Runtime::try_current()
             && known
@@ -643,7 +648,10 @@ impl Shell {
         }
         let runtime = known.clone();
         drop(known);
-        runtime.map(|runtime| runtime.spawn(task))
+        match runtime {
+            Some(runtime) => drop(runtime.spawn(task)),
+            None => drop(task),
+        }
     }
 
     /// Delivers what waits to be told, unless another thread is at it already.
@@ -859,7 +867,17 @@ struct Clock {
     /// Nanoseconds after the epoch plus one; 0 for never.
     next: AtomicU64,
     changed: Notify,
-    task: Mutex<Option<JoinHandle<()>>>,
+    /// Whether there is a task. Its runtime may be gone while the transport lives on in another.
+    running: AtomicBool,
+}
+
+/// The clock's task, begun or not.
+struct Running(Arc<Clock>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.running.store(false, SeqCst);
+    }
 }
 
 impl Clock {
@@ -870,17 +888,24 @@ impl Clock {
         let _ = self.next.fetch_update(Relaxed, Relaxed, |next| {
             (next == 0 || at < next).then_some(at)
         });
-        let mut task = lock(&self.task);
-        // Its runtime may be gone while the transport lives on in another.
-        if task.as_ref().is_none_or(JoinHandle::is_finished) {
-            let run = Self::run(self.clone(), Arc::downgrade(shell), shell.epoch);
-            *task = shell.spawn(run);
-        } else {
-            self.changed.notify_one();
+        self.run_on(shell);
+        self.changed.notify_one();
+    }
+
+    /// Whether a time was asked for, and nobody waits for it any more.
+    fn stopped(&self) -> bool {
+        self.next.load(Relaxed) != 0 && !self.running.load(Relaxed)
+    }
+
+    fn run_on(self: &Arc<Self>, shell: &Arc<Shell>) {
+        if !self.running.swap(true, SeqCst) {
+            let task = Running(self.clone());
+            let (weak, epoch) = (Arc::downgrade(shell), shell.epoch);
+            shell.spawn(async move { task.0.run(weak, epoch).await });
         }
     }
 
-    async fn run(self: Arc<Self>, shell: Weak<Shell>, epoch: Instant) {
+    async fn run(&self, shell: Weak<Shell>, epoch: Instant) {
         loop {
             let next = self.next.load(Relaxed);
             if next == 0 {

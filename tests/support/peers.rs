@@ -50,14 +50,17 @@ pub struct Events {
 }
 
 impl Events {
-    /// The next event.
+    /// The next event of a connection.
     pub async fn next(&mut self) -> ConnectionEvent {
-        tokio::select! {
-            biased;
-            event = self.receiver.recv() => {
-                event.and_then(otel_conntrack::Event::connection).expect("its sources are still there")
+        loop {
+            let event = tokio::select! {
+                biased;
+                event = self.receiver.recv() => event.expect("its sources are still there"),
+                _ = &mut self.late => panic!("this event never comes"),
+            };
+            if let Some(event) = event.connection() {
+                return event;
             }
-            _ = &mut self.late => panic!("this event never comes"),
         }
     }
 
@@ -84,7 +87,8 @@ impl Events {
 
     /// The lines of what is there now.
     pub fn lines(&mut self) -> Vec<String> {
-        std::iter::from_fn(|| self.receiver.try_recv()?.connection())
+        std::iter::from_fn(|| self.receiver.try_recv())
+            .filter_map(otel_conntrack::Event::connection)
             .map(|event| line(&event))
             .collect()
     }

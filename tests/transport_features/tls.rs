@@ -71,20 +71,26 @@ async fn a_server_without_http2_is_a_clear_error_where_only_http2_is_spoken() {
 }
 
 #[tokio::test]
-async fn a_callers_protocols_are_its_own_only_where_all_versions_are_allowed() {
+async fn a_callers_protocols_stay_unless_they_contradict_the_versions() {
     let both: &[&str] = &["h2", "http/1.1"];
     let server = Hostile::start_tls(Behaviour::Ok, Certificate::Good, both).await;
-    for (own, versions, version) in [
-        (&["http/1.1"][..], HttpVersions::Auto, Version::HTTP_11),
-        (both, HttpVersions::Http1, Version::HTTP_11),
-        (&["http/1.1"], HttpVersions::Http2, Version::HTTP_2),
-    ] {
+    let offering = |own: &[&str]| {
         let mut config = trusting(roots());
         config.alpn_protocols = own.iter().map(|name| name.as_bytes().to_vec()).collect();
-        let (_conntrack, transport) = transport(|t| t.http_versions(versions).tls(config));
-        let response = transport.send(get(&server.uri("/"))).await.unwrap();
-        assert_eq!(response.version(), version, "{own:?} {versions:?}");
-        assert_eq!(text(response.into_body()).await, "ok");
+        config
+    };
+    let (_conntrack, chosen) = transport(|t| t.tls(offering(&["http/1.1"])));
+    let response = chosen.send(get(&server.uri("/"))).await.unwrap();
+    assert_eq!(response.version(), Version::HTTP_11);
+    for (own, versions, word) in [
+        (both, HttpVersions::Http1, "take h2 out"),
+        (&["http/1.1"][..], HttpVersions::Http2, "add h2"),
+    ] {
+        let conntrack = otel_conntrack::Conntrack::builder().build().unwrap();
+        let builder = conntrack.transport("test").http_versions(versions);
+        let error = builder.tls(offering(own)).build().unwrap_err();
+        assert_eq!(error.setting(), "tls alpn_protocols");
+        assert!(error.to_string().contains(word), "{error}");
     }
 }
 
