@@ -80,8 +80,12 @@ where
     }
 }
 
-/// A request's body on its way.
-pub(crate) struct SendBody {
+/// A request's body on its way. None if there is nothing to send.
+///
+/// As small as can be: hyper moves requests several times, so what is seldom there is kept apart.
+pub(crate) struct SendBody(Option<Box<Sending>>);
+
+struct Sending {
     source: State,
     /// Closed until the server asks for the body.
     gate: Option<Waiting>,
@@ -93,8 +97,8 @@ enum State {
     /// Not touched yet.
     Fresh(Box<dyn Source>),
     Running(Pin<Box<dyn Source>>),
-    /// There is none: the request is sent for the second time.
-    Empty,
+    /// Between the two.
+    Taken,
 }
 
 struct Waiting {
@@ -156,40 +160,41 @@ impl SendBody {
         B: Body + Send + 'static,
         B::Error: Into<BoxError>,
     {
-        Self {
-            // For a body without content of its own, such as `Empty`, this allocates nothing.
+        Self(Some(Box::new(Sending {
             source: State::Fresh(Box::new(Adapter { body })),
             gate: None,
             tap: None,
-        }
+        })))
     }
 
     pub(crate) const fn empty() -> Self {
-        Self {
-            source: State::Empty,
-            gate: None,
-            tap: None,
-        }
+        Self(None)
     }
 
     /// Holds it back until the gate is opened or the time has passed.
     pub(crate) fn wait_for(&mut self, gate: Arc<Gate>, timeout: Duration) {
-        let timeout = Box::pin(tokio::time::sleep(timeout));
-        self.gate = Some(Waiting { gate, timeout });
+        if let Some(sending) = &mut self.0 {
+            let timeout = Box::pin(tokio::time::sleep(timeout));
+            sending.gate = Some(Waiting { gate, timeout });
+        }
     }
 
     pub(crate) fn tap(&mut self, tap: Arc<Tap>) {
-        self.tap = Some(tap);
+        if let Some(sending) = &mut self.0 {
+            sending.tap = Some(tap);
+        }
     }
 
     /// The body as it came, if nothing of it was taken.
     pub(crate) fn into_original<B: 'static>(self) -> Option<B> {
-        match self.source {
+        match self.0?.source {
             State::Fresh(source) => source.into_any().downcast().ok().map(|body| *body),
-            State::Running(_) | State::Empty => None,
+            State::Running(_) | State::Taken => None,
         }
     }
+}
 
+impl Sending {
     fn ended(&mut self) {
         if let Some(tap) = self.tap.take() {
             tap.body_ended();
@@ -205,7 +210,9 @@ impl Body for SendBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let this = &mut *self;
+        let Some(this) = self.0.as_deref_mut() else {
+            return Poll::Ready(None);
+        };
         if let Some(waiting) = &mut this.gate {
             // Registered before it is looked at: no wake-up is lost.
             waiting.gate.waker.register(cx.waker());
@@ -217,7 +224,7 @@ impl Body for SendBody {
                 HELD => return Poll::Pending,
                 REFUSED => {
                     this.gate = None;
-                    this.source = State::Empty;
+                    this.source = State::Taken;
                     let text = "the server answered without having asked for the body";
                     return Poll::Ready(Some(Err(text.into())));
                 }
@@ -225,7 +232,7 @@ impl Body for SendBody {
             }
         }
         if let State::Fresh(_) = this.source
-            && let State::Fresh(source) = std::mem::replace(&mut this.source, State::Empty)
+            && let State::Fresh(source) = std::mem::replace(&mut this.source, State::Taken)
         {
             this.source = State::Running(Box::into_pin(source));
         }
@@ -240,18 +247,18 @@ impl Body for SendBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        match &self.source {
-            State::Fresh(source) => source.is_end_stream(),
-            State::Running(source) => source.is_end_stream(),
-            State::Empty => true,
+        match self.0.as_deref().map(|sending| &sending.source) {
+            Some(State::Fresh(source)) => source.is_end_stream(),
+            Some(State::Running(source)) => source.is_end_stream(),
+            Some(State::Taken) | None => true,
         }
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.source {
-            State::Fresh(source) => source.size_hint(),
-            State::Running(source) => source.size_hint(),
-            State::Empty => SizeHint::with_exact(0),
+        match self.0.as_deref().map(|sending| &sending.source) {
+            Some(State::Fresh(source)) => source.size_hint(),
+            Some(State::Running(source)) => source.size_hint(),
+            Some(State::Taken) | None => SizeHint::with_exact(0),
         }
     }
 }

@@ -163,7 +163,7 @@ async fn run(mut permit: DialPermit, origin: Arc<Origin>, stop: Arc<Notify>) {
     let io = TrackedIo::new(connected.stream, guard)
         .over(|stream| stream)
         .with_place(Box::new(socket));
-    let io = TokioIo::new(ConnIo::new(io, tap.clone(), h2));
+    let io = ConnIo::new(io, tap.clone(), h2);
     let handed = Handed {
         shell: &shell,
         record: &record,
@@ -181,7 +181,9 @@ async fn run(mut permit: DialPermit, origin: Arc<Origin>, stop: Arc<Notify>) {
                 .keep_alive_timeout(timeout)
                 .keep_alive_while_idle(true);
         }
-        match builder.handshake(io).await {
+        // hyper spawns a task for each request, of a type with room for the connection's own: the
+        // stream apart from it makes them all smaller.
+        match builder.handshake(TokioIo::new(Box::new(io))).await {
             Ok((sender, driver)) => {
                 if let Some(io) = executor.take_io() {
                     let (dial, tap) = (permit.dial.take(), handed.tap.clone());
@@ -194,7 +196,7 @@ async fn run(mut permit: DialPermit, origin: Arc<Origin>, stop: Arc<Notify>) {
             Err(error) => Some(error),
         }
     } else {
-        match http1::Builder::new().handshake(io).await {
+        match http1::Builder::new().handshake(TokioIo::new(io)).await {
             Ok((sender, driver)) => {
                 let dial = permit.dial.take();
                 let (record, tap) = (record.clone(), handed.tap.clone());

@@ -32,6 +32,31 @@ pub(crate) enum Sender {
     H2(http2::SendRequest<SendBody>),
 }
 
+impl Sender {
+    pub(crate) fn is_ready(&self) -> bool {
+        match self {
+            Self::H1(sender) => sender.is_ready(),
+            Self::H2(_) => true,
+        }
+    }
+
+    /// Whether it can take a request, within a bounded time.
+    pub(crate) async fn ready(&mut self) -> bool {
+        match self {
+            Self::H1(sender) => is_ready(sender).await,
+            Self::H2(_) => true,
+        }
+    }
+}
+
+async fn is_ready(sender: &mut http1::SendRequest<SendBody>) -> bool {
+    if sender.is_ready() {
+        return true;
+    }
+    let ready = tokio::time::timeout(GRACE, poll_fn(|cx| sender.poll_ready(cx)));
+    matches!(ready.await, Ok(Ok(())))
+}
+
 /// A request's hold on its connection.
 pub(crate) struct Lease {
     /// Taken when it ends.
@@ -151,13 +176,10 @@ impl Drop for Lease {
 
 impl Held {
     /// Whether the connection can take a request, within a bounded time.
-    pub(crate) async fn ready(&mut self) -> bool {
+    async fn ready(&mut self) -> bool {
         match &mut self.sender {
-            Some(sender) if !sender.is_ready() => {
-                let ready = tokio::time::timeout(GRACE, poll_fn(|cx| sender.poll_ready(cx)));
-                matches!(ready.await, Ok(Ok(())))
-            }
-            _ => true,
+            Some(sender) => is_ready(sender).await,
+            None => true,
         }
     }
 

@@ -48,9 +48,10 @@ use crate::outbound::dialer::Dialer;
 use crate::outbound::suppressed;
 use crate::record::handle::ConnectionRecord;
 use crate::record::pool::{PoolSource, PoolStats};
-use crate::transport::body::{BoxError, ResponseBody, SendBody};
+use crate::transport::body::{BoxError, ResponseBody};
 use crate::transport::config::Settings;
 use crate::transport::error::TransportError;
+use crate::transport::request::Outgoing;
 use crate::transport::shell::Shell;
 
 /// A pooling HTTP client: Go's `http.Transport`, with the hooks that Go's never got. Cheap to clone;
@@ -175,10 +176,12 @@ impl Transport {
         let transport = self.clone();
         let (caller, unseen) = (Caller::current(), suppressed());
         let hooks = request.extensions_mut().remove::<RequestHooks>();
-        let request = request.map(SendBody::new);
+        let hooks = hooks.map(|hooks| hooks.0.into());
+        // In one place from here to hyper: a request is large, and each move of it is a copy.
+        let mut outgoing = Outgoing::new(request);
         async move {
-            let hooks = hooks.map(|hooks| hooks.0.into());
-            request::send::<B>(transport.0.shell(unseen), &caller, hooks, request).await
+            let shell = transport.0.shell(unseen);
+            request::send(shell, &caller, hooks, &mut outgoing).await
         }
     }
 

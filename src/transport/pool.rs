@@ -181,7 +181,7 @@ pub(crate) struct ClosedBy {
     pub(crate) idle: usize,
 }
 
-pub(crate) type Outputs = SmallVec<[Output; 4]>;
+pub(crate) type Outputs = Vec<Output>;
 
 /// How a request gives its connection back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -328,14 +328,18 @@ impl Pool {
         }
     }
 
-    /// What the shell has to do, in order.
-    pub(crate) fn take_outputs(&mut self) -> Outputs {
-        std::mem::take(&mut self.outputs)
+    /// What the shell has to do, in order, for an empty buffer.
+    pub(crate) fn swap_outputs(&mut self, empty: &mut Outputs) {
+        std::mem::swap(&mut self.outputs, empty);
     }
 
     /// What there is to tell, in order.
     pub(crate) fn drain_events(&mut self) -> std::vec::Drain<'_, PoolEvent> {
         self.events.drain(..)
+    }
+
+    pub(crate) const fn has_outputs(&self) -> bool {
+        !self.outputs.is_empty()
     }
 
     pub(crate) const fn has_events(&self) -> bool {

@@ -1,10 +1,12 @@
 //! One request's way: checkout, perhaps a wait, the exchange, and again where nothing was sent.
 
 use std::future::{Future, poll_fn};
+use std::mem;
+use std::ops::ControlFlow;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use futures_util::future::Either;
 use http::header::{CONNECTION, EXPECT, HOST, UPGRADE};
@@ -12,6 +14,7 @@ use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version};
 use http_body::Body;
 use hyper::body::Incoming;
+use hyper::client::conn::TrySendError;
 
 use crate::event::{CloseReason, FailureReason, PoolEventKind, RequestId, TraceRef, WaitOutcome};
 use crate::outbound::caller::Caller;
@@ -19,9 +22,10 @@ use crate::outbound::client::protocol;
 use crate::record::Connection;
 use crate::record::handle::{ConnectionRecord, RequestGuard};
 use crate::record::pool::{Wait, Waited};
-use crate::transport::body::{Gate, Refusal, ResponseBody, SendBody};
+use crate::transport::body::{BoxError, Gate, ResponseBody, SendBody};
 use crate::transport::dial::DialFailure;
 use crate::transport::error::{TransportError, TransportErrorKind, target_of};
+use crate::transport::io::Tap;
 use crate::transport::key::KeyRef;
 use crate::transport::lease::{Held, Lease, Sender};
 use crate::transport::pool::{Asker, ConnIx};
@@ -57,74 +61,168 @@ impl Drop for Errand<'_> {
     }
 }
 
-/// Sends a request and waits for the response's head.
-pub(crate) async fn send<B: Send + 'static>(
-    shell: &Arc<Shell>,
-    caller: &Caller,
-    hooks: Option<RequestObservers>,
+/// A request on its way.
+pub(crate) struct Outgoing<B> {
     request: Request<SendBody>,
-) -> Answer {
-    let uri = request.uri().clone();
-    // Only CONNECT names just a host and a port.
-    let absolute = uri.scheme().is_some() || *request.method() == Method::CONNECT;
-    let mut errand = Errand {
-        shell,
-        caller,
-        hooks,
-        route: shell.route(&uri),
-        uri,
-        request: None,
-        own_host: None,
-        granted: false,
-    };
-    let give_back = |error: TransportError, request: Request<SendBody>, uri: &Uri| {
+    /// The body, where there is nothing of it to send: it stays here.
+    empty: Option<B>,
+}
+
+impl<B> Outgoing<B>
+where
+    B: Body + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    pub(crate) fn new(request: Request<B>) -> Self {
+        let (parts, body) = request.into_parts();
+        let (body, empty) = if body.is_end_stream() {
+            (SendBody::empty(), Some(body))
+        } else {
+            (SendBody::new(body), None)
+        };
+        Self {
+            request: Request::from_parts(parts, body),
+            empty,
+        }
+    }
+
+    /// Gives the request back as it came, if nothing of its body was taken.
+    fn give_back(&mut self, uri: &Uri, error: TransportError) -> TransportError {
+        let request = mem::replace(&mut self.request, Request::new(SendBody::empty()));
         let (mut parts, body) = request.into_parts();
         parts.uri = uri.clone();
-        match body.into_original::<B>() {
+        match self.empty.take().or_else(|| body.into_original()) {
             Some(body) => error.with_request(Request::from_parts(parts, body)),
             None => error,
         }
-    };
-    let mut request = request;
+    }
+}
+
+/// Sends a request and waits for the response's head.
+pub(crate) async fn send<B>(
+    shell: &Arc<Shell>,
+    caller: &Caller,
+    hooks: Option<RequestObservers>,
+    outgoing: &mut Outgoing<B>,
+) -> Answer
+where
+    B: Body + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    // Only CONNECT names just a host and a port.
+    let absolute =
+        outgoing.request.uri().scheme().is_some() || *outgoing.request.method() == Method::CONNECT;
+    let mut errand = Errand::new(shell, caller, hooks, &mut outgoing.request);
     if !absolute {
         let error = TransportError::invalid_url(&errand.uri);
-        return Err(give_back(error, request, &errand.uri));
+        return Err(outgoing.give_back(&errand.uri, error));
     }
     let mut tries = 0;
     loop {
-        let needs_host = !request.headers().contains_key(HOST);
-        let (granted, host) = match errand.connection(needs_host).await {
+        let needs_host = !outgoing.request.headers().contains_key(HOST);
+        let (mut granted, host) = match errand.connection(needs_host).await {
             Ok(granted) => granted,
-            Err(error) => return Err(give_back(error, request, &errand.uri)),
+            Err(error) => return Err(outgoing.give_back(&errand.uri, error)),
         };
-        match errand.exchange(granted, host, request).await {
-            Exchanged::Answer(answer) => return answer,
-            Exchanged::Again(again, error, why) => {
-                tries += usize::from(why == Why::Other);
-                if tries >= TRIES {
-                    return Err(give_back(error, again, &errand.uri));
+        let lease = errand.hold(&granted, !outgoing.request.body().is_end_stream());
+        // The one before may not be quite over yet; what was never used is surely ready.
+        if granted.grant.reused && !granted.sender.is_ready() {
+            // Boxed, as below.
+            if !Box::pin(granted.sender.ready()).await {
+                lease.unsent();
+                continue;
+            }
+        }
+        let mut lease = lease;
+        let (exchange, tap, sent) = errand.start(granted, host, &mut lease, &mut outgoing.request);
+        let mut exchange = pin!(exchange);
+        // Declared after the exchange, so dropped before it: a cancel says why first.
+        let mut lease = lease;
+        // A request that enters hyper's channel while the connection's task ends can be left lying
+        // in it, unanswered for as long as there is a sender (hyper #4122). So the sender goes with
+        // the socket, and hyper gives the request back.
+        let mut answer = poll_fn(|cx| {
+            loop {
+                if let Poll::Ready(answer) = exchange.as_mut().poll(cx) {
+                    return Poll::Ready(answer);
                 }
-                request = again;
+                match lease.held() {
+                    Some(held) if held.sender.is_some() && tap.poll_gone(cx).is_ready() => {
+                        held.sender = None;
+                    }
+                    _ => return Poll::Pending,
+                }
+            }
+        });
+        let answer = match shell.settings.response_header_timeout {
+            None => (&mut answer).await,
+            // Boxed, so that those without it need no room for it.
+            Some(timeout) => match Box::pin(tokio::time::timeout(timeout, &mut answer)).await {
+                Ok(answer) => answer,
+                Err(_) => return Err(errand.timed_out(lease, &sent, timeout)),
+            },
+        };
+        let stale = sent.stale;
+        match errand.finish(answer, lease, sent, &mut outgoing.request) {
+            Exchanged::Break(answer) => return answer,
+            Exchanged::Continue((error, dead)) => {
+                if error.is_sent() {
+                    // It is not to be had back any more.
+                    outgoing.empty = None;
+                }
+                tries += usize::from(!(stale && dead));
+                if tries >= TRIES {
+                    return Err(outgoing.give_back(&errand.uri, error));
+                }
             }
         }
     }
 }
 
-enum Exchanged {
-    Answer(Answer),
-    /// Nothing was sent, or it does no harm to send it again.
-    Again(Request<SendBody>, TransportError, Why),
+/// Either the answer; or nothing was sent, or it does no harm to send it again: then the request is
+/// there again, with whether its connection was found dead.
+type Exchanged = ControlFlow<Answer, (TransportError, bool)>;
+
+/// What is to be known of a request that is out.
+struct Sent {
+    record: Arc<Connection>,
+    /// What had been read when it was sent.
+    read: u64,
+    h1: bool,
+    tunnel: bool,
+    /// A copy is left, which may be sent instead.
+    copied: bool,
+    /// The connection was idle before.
+    was_idle: bool,
+    /// An HTTP/1 connection that had served others: if it is dead, it does not count as a try. (A
+    /// new HTTP/2 connection serves many at once; if it dies under them, that is no leftover.)
+    stale: bool,
+    gate: Option<Arc<Gate>>,
 }
 
-/// Why a request is tried again.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Why {
-    /// The connection had served others, and is dead.
-    Stale,
-    Other,
-}
+type HyperAnswer = Result<Response<Incoming>, TrySendError<Request<SendBody>>>;
 
-impl Errand<'_> {
+impl<'a> Errand<'a> {
+    /// Takes the URL out of the request: each try sets the form that its connection needs.
+    fn new(
+        shell: &'a Arc<Shell>,
+        caller: &'a Caller,
+        hooks: Option<RequestObservers>,
+        request: &mut Request<SendBody>,
+    ) -> Self {
+        let uri = mem::take(request.uri_mut());
+        Self {
+            shell,
+            caller,
+            hooks,
+            route: shell.route(&uri),
+            uri,
+            request: None,
+            own_host: None,
+            granted: false,
+        }
+    }
+
     fn error(&self, what: TransportErrorKind) -> TransportError {
         TransportError::new(what, target_of(&self.uri))
     }
@@ -195,182 +293,179 @@ impl Errand<'_> {
         }
     }
 
-    /// Sends the request on its connection and waits for the response's head.
-    async fn exchange(
+    /// The request has the connection from now on. Its sender is given to it when it has sent.
+    fn hold(&self, granted: &Granted, has_body: bool) -> Lease {
+        let record = &granted.record;
+        self.caller.acquired(record, record.request_started());
+        Lease::new(Held {
+            shell: self.shell.clone(),
+            conn: granted.grant.conn,
+            request: granted.grant.request,
+            uri: self.uri.clone(),
+            h1: matches!(granted.sender, Sender::H1(_)),
+            sender: None,
+            guard: RequestGuard::new(record.clone()),
+            tap: granted.tap.clone(),
+            bodiless: !has_body,
+            last: false,
+            refusal: None,
+        })
+    }
+
+    /// Sends the request on its connection; what comes back waits for the response's head.
+    ///
+    /// Not async, as what follows it: what an async function is given stays in its future.
+    fn start(
         &mut self,
         granted: Granted,
         host: Option<HeaderValue>,
-        mut request: Request<SendBody>,
-    ) -> Exchanged {
+        lease: &mut Lease,
+        place: &mut Request<SendBody>,
+    ) -> (impl Future<Output = HyperAnswer> + use<>, Arc<Tap>, Sent) {
         let Granted {
             grant,
             sender,
             record,
             tap,
+            told,
         } = granted;
         let settings = &self.shell.settings;
-        self.caller.acquired(&record, record.request_started());
-        let has_body = !request.body().is_end_stream();
-        let (h1, sender, h2) = match sender {
-            Sender::H1(sender) => (true, Some(sender), None),
-            // The pool has the connection's own; this one is dropped when it has sent.
-            Sender::H2(sender) => (false, None, Some(sender)),
-        };
-        let mut lease = Lease::new(Held {
-            shell: self.shell.clone(),
-            conn: grant.conn,
-            request: grant.request,
-            uri: self.uri.clone(),
-            h1,
-            sender,
-            guard: RequestGuard::new(record.clone()),
-            tap: tap.clone(),
-            bodiless: !has_body,
-            last: false,
-            refusal: None,
-        });
-        if grant.reused
-            && let Some(held) = lease.held()
-            && !held.ready().await
-        {
-            lease.unsent();
-            let error = self.error(TransportErrorKind::Cancelled).on(record.id);
-            return Exchanged::Again(request, error, Why::Stale);
-        }
-        // A new HTTP/2 connection serves many at once; if it dies under them, that is no leftover.
-        let stale = if h1 && grant.reused {
-            Why::Stale
+        let h1 = matches!(sender, Sender::H1(_));
+        let has_body = !place.body().is_end_stream();
+        // A spare that no request had yet may have been closed while it was idle, too.
+        let was_idle = grant.reused || grant.was_idle;
+        // What can be sent twice without harm stays, in case the connection was dead already; as it
+        // came, so that there is little to copy. On HTTP/2 the peer may say of a new connection,
+        // too, that it processes no more.
+        let copied =
+            settings.retry_idempotent && (was_idle || !h1) && !has_body && is_idempotent(place);
+        let left = if copied {
+            copy(place)
         } else {
-            Why::Other
+            Request::new(SendBody::empty())
         };
+        let mut out = mem::replace(place, left);
+        let request = &mut out;
         let tunnel = request.method() == Method::CONNECT;
         let mut gate = None;
+        if has_body && expects_continue(request.headers()) {
+            gate = Some(Arc::new(Gate::default()));
+        }
         if h1 {
             if let Some(held) = lease.held() {
                 held.last = !settings.limits.keep_alive || says_close(request.headers());
             }
-            self.prepare_h1(&mut request, host);
-            if has_body && expects_continue(request.headers()) {
-                gate = Some(Arc::new(Gate::default()));
-            }
-            self.listen(&mut request, gate.as_ref(), grant.request, grant.conn);
-            if self.hooks.is_some() || self.shell.observed() {
+            self.prepare_h1(request, host);
+            self.listen(request, gate.as_ref(), grant.request, grant.conn);
+            if told {
                 tap.arm(grant.request, has_body);
                 request.body_mut().tap(tap.clone());
             }
         } else {
-            self.prepare_h2(&mut request);
-            if has_body && expects_continue(request.headers()) {
-                gate = Some(Arc::new(Gate::default()));
-            }
+            self.prepare_h2(request);
         }
         if let Some(gate) = &gate {
             let timeout = settings.expect_continue_timeout;
             request.body_mut().wait_for(gate.clone(), timeout);
         }
-        // A spare that no request had yet may have been closed while it was idle, too.
-        let was_idle = grant.reused || grant.was_idle;
-        // What can be sent twice without harm is kept, in case the connection was dead already.
-        // On HTTP/2 the peer may say of a new connection, too, that it processes no more.
-        let copy = (settings.retry_idempotent && (was_idle || !h1) && !has_body)
-            .then(|| idempotent(&request))
-            .flatten();
-        let read_before = record.bytes().0;
-        let exchange = match (h2, lease.held().and_then(|held| held.sender.as_mut())) {
-            (Some(mut sender), _) => Either::Right(sender.try_send_request(request)),
-            (None, Some(sender)) => Either::Left(sender.try_send_request(request)),
-            (None, None) => {
-                let error = self.error(TransportErrorKind::Cancelled).on(record.id);
-                return Exchanged::Again(request, error, stale);
+        let read = record.bytes().0;
+        let exchange = match sender {
+            Sender::H1(mut sender) => {
+                let exchange = Either::Left(sender.try_send_request(out));
+                if let Some(held) = lease.held() {
+                    held.sender = Some(sender);
+                }
+                exchange
             }
+            // The pool has the connection's own; this one is dropped when it has sent.
+            Sender::H2(mut sender) => Either::Right(sender.try_send_request(out)),
         };
-        let mut exchange = pin!(exchange);
-        // Declared after the exchange, so dropped before it: a cancel says why first.
-        let mut lease = lease;
-        // A request that enters hyper's channel while the connection's task ends can be left lying
-        // in it, unanswered for as long as there is a sender (hyper #4122). So the sender goes with
-        // the socket, and hyper gives the request back.
-        let mut answer = poll_fn(|cx| {
-            loop {
-                if let Poll::Ready(answer) = exchange.as_mut().poll(cx) {
-                    return Poll::Ready(answer);
-                }
-                match lease.held() {
-                    Some(held) if held.sender.is_some() && tap.poll_gone(cx).is_ready() => {
-                        held.sender = None;
-                    }
-                    _ => return Poll::Pending,
-                }
-            }
-        });
-        let answer = match settings.response_header_timeout {
-            None => (&mut answer).await,
-            Some(timeout) => match tokio::time::timeout(timeout, &mut answer).await {
-                Ok(answer) => answer,
-                Err(_) => {
-                    let silent = record.bytes().0 == read_before;
-                    if h1 || silent {
-                        lease.distrusted(CloseReason::TimedOut);
-                    }
-                    let what = TransportErrorKind::ResponseHeaderTimeout { timeout };
-                    return Exchanged::Answer(Err(self.error(what).on(record.id).sent(true)));
-                }
-            },
+        let sent = Sent {
+            record,
+            read,
+            h1,
+            tunnel,
+            copied,
+            was_idle,
+            stale: h1 && grant.reused,
+            gate,
         };
-        match answer {
+        (exchange, tap, sent)
+    }
+
+    /// No response's head came in time.
+    fn timed_out(&self, lease: Lease, sent: &Sent, timeout: Duration) -> TransportError {
+        if sent.h1 || sent.is_silent() {
+            lease.distrusted(CloseReason::TimedOut);
+        }
+        let what = TransportErrorKind::ResponseHeaderTimeout { timeout };
+        self.error(what).on(sent.record.id).sent(true)
+    }
+
+    /// Hyper's answer is there.
+    fn finish(
+        &self,
+        answer: HyperAnswer,
+        lease: Lease,
+        sent: Sent,
+        place: &mut Request<SendBody>,
+    ) -> Exchanged {
+        let mut failed = match answer {
             Ok(response) => {
-                let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
-                let refusal = gate.filter(|_| !switches).and_then(Gate::answered);
-                Exchanged::Answer(Ok(
-                    self.answered(response, lease, record, h1, tunnel, refusal)
-                ))
+                return Exchanged::Break(Ok(self.answered(response, lease, sent)));
             }
-            Err(mut failed) => {
-                if let Some(mut unsent) = failed.take_message() {
-                    lease.unsent();
-                    self.restore(&mut unsent);
-                    let error = TransportError::of_hyper(failed.into_error(), target_of(&self.uri));
-                    return Exchanged::Again(unsent, error.on(record.id), stale);
-                }
-                let error = failed.into_error();
-                let unprocessed = unprocessed(&error);
-                let silent = record.bytes().0 == read_before;
-                lease.failed(&error);
-                // On HTTP/2 a stream can end without its connection.
-                let ended = h1 && !error.is_user() && !error.is_parse() || is_io(&error);
-                let dead = silent && ended && was_idle;
-                let error = TransportError::of_hyper(error, target_of(&self.uri))
-                    .on(record.id)
-                    .sent(true)
-                    .retryable(unprocessed);
-                match copy {
-                    Some(mut copy) if dead || unprocessed => {
-                        self.restore(&mut copy);
-                        let why = if dead { stale } else { Why::Other };
-                        Exchanged::Again(copy, error, why)
-                    }
-                    _ => Exchanged::Answer(Err(error)),
-                }
+            Err(failed) => failed,
+        };
+        let id = sent.record.id;
+        if let Some(unsent) = failed.take_message() {
+            lease.unsent();
+            *place = unsent;
+            if let Some(host) = self.own_host.as_ref().filter(|_| !sent.h1) {
+                place.headers_mut().insert(HOST, host.clone());
             }
+            let error = TransportError::of_hyper(failed.into_error(), target_of(&self.uri));
+            return Exchanged::Continue((error.on(id), true));
+        }
+        let error = failed.into_error();
+        let unprocessed = unprocessed(&error);
+        let silent = sent.is_silent();
+        lease.failed(&error);
+        // On HTTP/2 a stream can end without its connection.
+        let ended = sent.h1 && !error.is_user() && !error.is_parse() || is_io(&error);
+        let dead = silent && ended && sent.was_idle;
+        let error = TransportError::of_hyper(error, target_of(&self.uri))
+            .on(id)
+            .sent(true)
+            .retryable(unprocessed);
+        if sent.copied && (dead || unprocessed) {
+            Exchanged::Continue((error, dead))
+        } else {
+            Exchanged::Break(Err(error))
         }
     }
 
     /// The response's head is there.
     fn answered(
         &self,
-        response: Response<Incoming>,
+        mut response: Response<Incoming>,
         mut lease: Lease,
-        record: Arc<Connection>,
-        h1: bool,
-        tunnel: bool,
-        refusal: Option<Refusal>,
+        sent: Sent,
     ) -> Response<ResponseBody> {
+        let Sent {
+            record,
+            h1,
+            tunnel,
+            gate,
+            ..
+        } = sent;
         if let Some(version) = protocol(response.version())
             && record.protocol() != Some(version)
         {
             record.set_protocol(version);
         }
         let status = response.status();
+        let switches = status == StatusCode::SWITCHING_PROTOCOLS;
+        let refusal = gate.filter(|_| !switches).and_then(Gate::answered);
         if let Some(held) = lease.held() {
             if h1 {
                 // Where the body would be, the next request can't come.
@@ -382,20 +477,15 @@ impl Errand<'_> {
                 self.shell.tell(held.conn, held.request, kind);
             }
         }
-        let upgraded =
-            h1 && (status == StatusCode::SWITCHING_PROTOCOLS || tunnel && status.is_success());
-        let lease = if upgraded {
+        let lease = if h1 && (switches || tunnel && status.is_success()) {
             lease.upgraded();
             None
         } else {
             Some(lease)
         };
-        let (mut parts, body) = response.into_parts();
-        parts.extensions.insert(ConnectionRecord(record.clone()));
-        Response::from_parts(
-            parts,
-            ResponseBody::new(body, lease, ConnectionRecord(record)),
-        )
+        let extensions = response.extensions_mut();
+        extensions.insert(ConnectionRecord(record.clone()));
+        response.map(|body| ResponseBody::new(body, lease, ConnectionRecord(record)))
     }
 
     fn prepare_h1(&self, request: &mut Request<SendBody>, host: Option<HeaderValue>) {
@@ -418,23 +508,19 @@ impl Errand<'_> {
         }
         if request.method() == Method::CONNECT {
             // The authority alone, without a user and always with a port (RFC 9112, section 3.2.3).
-            if let Some(host) = self.uri.host() {
-                let https = self.uri.scheme() == Some(&Scheme::HTTPS);
-                let port = self.uri.port_u16().unwrap_or(if https { 443 } else { 80 });
-                if let Ok(uri) = Uri::try_from(format!("{host}:{port}")) {
-                    *request.uri_mut() = uri;
-                }
-            }
+            let https = self.uri.scheme() == Some(&Scheme::HTTPS);
+            let port = self.uri.port_u16().unwrap_or(if https { 443 } else { 80 });
+            let host = self.uri.host().unwrap_or_default();
+            let authority = Uri::try_from(format!("{host}:{port}"));
+            *request.uri_mut() = authority.unwrap_or_else(|_| self.uri.clone());
             self.route.forward_request(request);
         } else if forward {
+            *request.uri_mut() = self.uri.clone();
             self.route.forward_request(request);
         } else {
-            let mut parts = http::uri::Parts::default();
             let path = self.uri.path_and_query().cloned();
-            parts.path_and_query = Some(path.unwrap_or_else(|| PathAndQuery::from_static("/")));
-            if let Ok(uri) = Uri::from_parts(parts) {
-                *request.uri_mut() = uri;
-            }
+            let path = path.unwrap_or_else(|| PathAndQuery::from_static("/"));
+            *request.uri_mut() = path.into();
         }
     }
 
@@ -447,23 +533,19 @@ impl Errand<'_> {
         // No user in it (RFC 9113, section 8.3.1).
         let authority = own.or_else(|| {
             let authority = self.uri.authority()?.as_str();
-            authority.rsplit_once('@')?.1.parse().ok()
+            let with_user = authority.as_bytes().contains(&b'@');
+            let host = with_user.then(|| authority.rsplit_once('@'))??.1;
+            host.parse().ok()
         });
+        let mut uri = self.uri.clone();
         if authority.is_some() {
             let mut parts = self.uri.clone().into_parts();
             parts.authority = authority;
-            if let Ok(uri) = Uri::from_parts(parts) {
-                *request.uri_mut() = uri;
+            if let Ok(changed) = Uri::from_parts(parts) {
+                uri = changed;
             }
         }
-    }
-
-    /// A request that is tried again, as it came.
-    fn restore(&self, request: &mut Request<SendBody>) {
-        *request.uri_mut() = self.uri.clone();
-        if let Some(host) = &self.own_host {
-            request.headers_mut().insert(HOST, host.clone());
-        }
+        *request.uri_mut() = uri;
     }
 
     /// Hears informational responses, where anybody wants to know.
@@ -499,6 +581,35 @@ impl Errand<'_> {
             }
         });
     }
+}
+
+impl Sent {
+    /// Not a byte has come since.
+    fn is_silent(&self) -> bool {
+        self.record.bytes().0 == self.read
+    }
+}
+
+/// Whether a request may be sent twice, as Go says: safe methods, and those that have a key against
+/// doing things twice.
+fn is_idempotent(request: &Request<SendBody>) -> bool {
+    let keyed = ["idempotency-key", "x-idempotency-key"];
+    matches!(
+        *request.method(),
+        Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE
+    ) || keyed.iter().any(|key| request.headers().contains_key(*key))
+}
+
+/// A copy of a request without a body.
+fn copy(request: &Request<SendBody>) -> Request<SendBody> {
+    let mut copy = Request::new(SendBody::empty());
+    *copy.method_mut() = request.method().clone();
+    *copy.version_mut() = request.version();
+    *copy.headers_mut() = request.headers().clone();
+    if !request.extensions().is_empty() {
+        *copy.extensions_mut() = request.extensions().clone();
+    }
+    copy
 }
 
 /// Tells the sinks of a wait that is over.
@@ -582,24 +693,6 @@ fn host_of(uri: &Uri) -> Option<HeaderValue> {
         .rsplit_once('@')
         .map_or(authority, |(_, host)| host);
     HeaderValue::from_str(host).ok()
-}
-
-/// A copy of a request that may be sent twice, as Go says: safe methods, and those that have a key
-/// against doing things twice.
-fn idempotent(request: &Request<SendBody>) -> Option<Request<SendBody>> {
-    let safe = [Method::GET, Method::HEAD, Method::OPTIONS, Method::TRACE];
-    let keyed = ["idempotency-key", "x-idempotency-key"];
-    if !safe.contains(request.method())
-        && !keyed.iter().any(|key| request.headers().contains_key(*key))
-    {
-        return None;
-    }
-    let mut copy = Request::new(SendBody::empty());
-    *copy.method_mut() = request.method().clone();
-    *copy.version_mut() = request.version();
-    *copy.headers_mut() = request.headers().clone();
-    *copy.extensions_mut() = request.extensions().clone();
-    Some(copy)
 }
 
 /// The connection ended, not the stream alone.

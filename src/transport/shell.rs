@@ -41,7 +41,8 @@ use crate::transport::io::Tap;
 use crate::transport::key::{KeyRef, Keys, Origin};
 use crate::transport::lease::{Sender, say_why};
 use crate::transport::pool::{
-    Asker, Back, Checkout, ClosedBy, ConnIx, DialIx, Grant, Output, Pool, Shape, Speaks, WaiterIx,
+    Asker, Back, Checkout, ClosedBy, ConnIx, DialIx, Grant, Output, Outputs, Pool, Shape, Speaks,
+    WaiterIx,
 };
 use crate::transport::proxy::Route;
 
@@ -85,8 +86,12 @@ struct State {
     cells: Slab<Cell>,
     /// Of requests that have some, until they are done with their connection.
     hooks: HashMap<RequestId, RequestObservers>,
+    /// The pool's buffer in turns, so that neither is allocated anew.
+    outputs: Outputs,
     pending: VecDeque<(PoolEvent, Option<RequestObservers>)>,
     draining: bool,
+    /// Somebody listens to all events.
+    observed: bool,
 }
 
 /// A connection, as the pool's shell knows it.
@@ -118,6 +123,8 @@ pub(crate) struct Granted {
     pub(crate) sender: Sender,
     pub(crate) record: Arc<Connection>,
     pub(crate) tap: Arc<Tap>,
+    /// Somebody wants to know what the stream sees.
+    pub(crate) told: bool,
 }
 
 /// How a checkout begins.
@@ -173,8 +180,10 @@ impl Shell {
                 dials: Vec::new(),
                 cells: Slab::new(),
                 hooks: HashMap::new(),
+                outputs: Outputs::new(),
                 pending: VecDeque::new(),
                 draining: false,
+                observed,
             }),
             settings,
             dialer,
@@ -225,7 +234,7 @@ impl Shell {
         let state = &mut *guard;
         let unix = self.settings.unix.as_ref();
         let pool = &mut state.pool;
-        let (at, origin) = state.keys.find(key, unix, |origin| {
+        let at = state.keys.find(key, unix, |origin| {
             let slot = self.dialer.host_slot(&origin.key.target, origin.https);
             let speaks = match self.settings.versions {
                 HttpVersions::Http2 => Speaks::H2,
@@ -234,7 +243,9 @@ impl Shell {
             };
             pool.add_key(origin.key.clone(), slot, speaks)
         });
-        if let Some(host) = host {
+        if let Some(host) = host
+            && let Some(origin) = state.keys.origin(at)
+        {
             host.clone_from(&origin.host_header);
         }
         let request = *id.get_or_insert_with(|| pool.next_request());
@@ -549,18 +560,26 @@ impl Shell {
     // === carrying out ===
 
     /// Carries out what the pool said, and tells what happened.
-    fn apply(self: &Arc<Self>, mut guard: MutexGuard<'_, State>, why: Option<DialFailure>) {
-        let state = &mut *guard;
-        let tells = state.pool.has_events();
-        let outputs = state.pool.take_outputs();
-        if outputs.is_empty() && !tells {
+    #[inline]
+    fn apply(self: &Arc<Self>, guard: MutexGuard<'_, State>, why: Option<DialFailure>) {
+        // A request that finds an idle connection, and one that leaves one, end here.
+        if !guard.pool.has_outputs() && !guard.pool.has_events() {
             return;
         }
+        self.carry_out(guard, why);
+    }
+
+    fn carry_out(self: &Arc<Self>, mut guard: MutexGuard<'_, State>, why: Option<DialFailure>) {
+        let state = &mut *guard;
+        let tells = state.pool.has_events();
         let mut after = After::default();
         let mut unheard = Vec::new();
-        for output in outputs {
+        let mut outputs = mem::take(&mut state.outputs);
+        state.pool.swap_outputs(&mut outputs);
+        for output in outputs.drain(..) {
             state.carry_out(output, why.as_ref(), &mut after);
         }
+        state.outputs = outputs;
         if tells {
             let room = PENDING.saturating_sub(state.pending.len());
             let mut lost = 0;
@@ -747,6 +766,9 @@ impl State {
     }
 
     fn granted(&mut self, grant: Grant) -> Option<Granted> {
+        // There are seldom any hooks, so no look-up where there are none.
+        let told =
+            self.observed || !self.hooks.is_empty() && self.hooks.contains_key(&grant.request);
         let handle = self.handle(grant.conn)?;
         let sender = match &handle.sender {
             Some(Sender::H2(sender)) => Sender::H2(sender.clone()),
@@ -757,6 +779,7 @@ impl State {
             sender,
             record: handle.record.clone(),
             tap: handle.tap.clone(),
+            told,
         })
     }
 

@@ -776,7 +776,9 @@ impl World {
 
     fn carry_out(&mut self, input: Input) {
         self.last = Step::default();
-        let (outputs, blind) = (self.pool.take_outputs(), self.blind.take_outputs());
+        let (mut outputs, mut blind) = (Vec::new(), Vec::new());
+        self.pool.swap_outputs(&mut outputs);
+        self.blind.swap_outputs(&mut blind);
         let gists = |outputs: &Outputs| outputs.iter().map(gist).collect::<Vec<_>>();
         assert_eq!(gists(&outputs), gists(&blind));
         assert!(!self.blind.has_events());
