@@ -332,8 +332,9 @@ impl<'a> Errand<'a> {
         let settings = &self.shell.settings;
         let h1 = matches!(sender, Sender::H1(_));
         let has_body = !place.body().is_end_stream();
-        // A spare that no request had yet may have been closed while it was idle, too.
-        let was_idle = grant.reused || grant.was_idle;
+        // A spare that no request had yet may have been closed while it was idle, too. An HTTP/2
+        // connection that serves others has not been.
+        let was_idle = grant.was_idle || h1 && grant.reused;
         // What can be sent twice without harm stays, in case the connection was dead already; as it
         // came, so that there is little to copy. On HTTP/2 the peer may say of a new connection,
         // too, that it processes no more.
