@@ -413,7 +413,7 @@ async fn an_exporter_that_uses_a_transport_is_not_seen() {
     use opentelemetry::Context;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/", listener.local_addr().unwrap());
     tokio::spawn(async move {
         loop {
@@ -449,6 +449,6 @@ async fn an_exporter_that_uses_a_transport_is_not_seen() {
     let response = transport.send(request()).await.unwrap();
     response.into_body().collect().await.unwrap();
     assert_eq!(conntrack.stats().open(), 1);
-    let cut = transport.shutdown(std::time::Duration::from_secs(5)).await;
+    let cut = transport.shutdown(Duration::from_secs(5)).await;
     assert!(cut.is_empty());
 }

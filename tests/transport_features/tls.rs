@@ -86,7 +86,7 @@ async fn a_callers_protocols_stay_unless_they_contradict_the_versions() {
         (both, HttpVersions::Http1, "take h2 out"),
         (&["http/1.1"][..], HttpVersions::Http2, "add h2"),
     ] {
-        let conntrack = otel_conntrack::Conntrack::builder().build().unwrap();
+        let conntrack = Conntrack::builder().build().unwrap();
         let builder = conntrack.transport("test").http_versions(versions);
         let error = builder.tls(offering(own)).build().unwrap_err();
         assert_eq!(error.setting(), "tls alpn_protocols");
