@@ -74,13 +74,19 @@
 //! | `tls` | no | TLS by rustls in the dialer |
 //! | `otlp-tls` | no | `https` endpoints for OTLP |
 //! | `axum`, `tonic` | no | their listener and connect-info traits |
+//! | `stock` | no | [`stock`]: pool events of unmodified reqwest and hyper-util clients |
 //! | `serde` | no | snapshots and events serialise |
 //!
 //! Without default features the crate is the vocabulary, the record and [`TrackedIo`].
 #![cfg_attr(docsrs, feature(doc_cfg))]
 // Links in the overview point to items of features that may be off.
 #![cfg_attr(
-    not(all(feature = "net", feature = "transport", feature = "prometheus")),
+    not(all(
+        feature = "net",
+        feature = "transport",
+        feature = "prometheus",
+        feature = "stock"
+    )),
     allow(rustdoc::broken_intra_doc_links)
 )]
 
@@ -96,6 +102,8 @@ mod outbound;
 mod record;
 #[cfg(feature = "net")]
 mod socket;
+#[cfg(feature = "stock")]
+pub mod stock;
 #[cfg(feature = "otel")]
 mod telemetry;
 #[cfg(feature = "transport")]
