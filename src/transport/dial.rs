@@ -6,12 +6,13 @@
 //! hears of its end exactly once; afterwards the permit is the socket's, and is given back when that
 //! is closed, upgrades included.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock};
+use std::task::Poll;
 use std::time::Duration;
 
 use hyper::client::conn::{http1, http2};
@@ -273,10 +274,13 @@ async fn drive<D>(tap: &Tap, mut driver: Pin<&mut D>) -> Result<(), hyper::Error
 where
     D: Future<Output = Result<(), hyper::Error>>,
 {
-    tokio::select! {
-        biased;
-        ended = &mut driver => ended,
-        () = tap.closing.notified() => {
+    let ended = poll_fn(|cx| match driver.as_mut().poll(cx) {
+        Poll::Ready(ended) => Poll::Ready(Some(ended)),
+        Poll::Pending => tap.poll_closing(cx).map(|()| None),
+    });
+    match ended.await {
+        Some(ended) => ended,
+        None => {
             let ended = tokio::time::timeout(GRACE, driver).await;
             ended.unwrap_or(Ok(()))
         }

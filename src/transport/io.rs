@@ -147,8 +147,9 @@ pub(crate) struct Tap {
     armed: AtomicU8,
     request: Mutex<Option<RequestId>>,
     owner: OnceLock<(Weak<Shell>, ConnIx)>,
-    /// It is to be closed: the pool said so.
-    pub(crate) closing: Notify,
+    /// It is to be closed: the pool said so. Release and acquire, as below.
+    closing: AtomicBool,
+    closer: AtomicWaker,
     /// A request gave the connection back, and has said why if it knows.
     pub(crate) given_back: Notify,
     /// hyper shut it down. Relaxed, as only its driver looks, which is in the same task.
@@ -167,6 +168,24 @@ impl Tap {
     /// From now on the connection is the pool's.
     pub(crate) fn belongs(&self, shell: &Arc<Shell>, conn: ConnIx) {
         let _ = self.owner.set((Arc::downgrade(shell), conn));
+    }
+
+    /// The connection is to be closed.
+    pub(crate) fn close(&self) {
+        self.closing.store(true, Release);
+        self.closer.wake();
+    }
+
+    /// Waits until the connection is to be closed; for its driver, at each of its polls, so it takes
+    /// no lock.
+    pub(crate) fn poll_closing(&self, cx: &Context<'_>) -> Poll<()> {
+        // Registered before it is looked at: no wake-up is lost.
+        self.closer.register(cx.waker());
+        if self.closing.load(Acquire) {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
     }
 
     /// The socket is closed.

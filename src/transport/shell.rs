@@ -631,7 +631,7 @@ impl Shell {
             say_why(&connection, reason);
             // hyper shuts the connection down when nobody can send on it.
             drop(sender);
-            tap.closing.notify_one();
+            tap.close();
         }
         for stop in after.stops {
             stop.notify_one();
