@@ -103,7 +103,8 @@ impl Drop for ConnectionGuard {
 
 /// A connection as its users hold it: cheap to clone, readable at any time, also after the close.
 ///
-/// On the client side it stands in the extensions of each response; on the server side handlers
+/// On the client side it stands in the extensions of each response (a `Transport` has it on the
+/// body); on the server side handlers
 /// get it as connect info. It keeps the record in memory, never the socket open.
 ///
 /// # Example

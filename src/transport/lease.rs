@@ -68,7 +68,7 @@ pub(crate) struct Held {
     pub(crate) conn: ConnIx,
     pub(crate) request: RequestId,
     /// What was asked for, to name it in errors.
-    pub(crate) uri: Uri,
+    pub(crate) uri: Option<Uri>,
     pub(crate) h1: bool,
     /// HTTP/1: there until the connection is gone.
     pub(crate) sender: Option<http1::SendRequest<SendBody>>,
@@ -103,7 +103,7 @@ impl Lease {
         let Some(held) = self.held.take() else {
             return TransportError::of_hyper(error, String::new());
         };
-        let target = target_of(&held.uri);
+        let target = held.target();
         let id = held.guard.connection().id;
         held.failed(&error);
         TransportError::of_hyper(error, target).on(id).sent(true)
@@ -175,6 +175,18 @@ impl Drop for Lease {
 }
 
 impl Held {
+    /// What was asked for, to name it in errors.
+    fn target(&self) -> String {
+        match (&self.uri, &self.guard.connection().target) {
+            (Some(uri), _) => target_of(uri),
+            (None, Some(target)) => {
+                let scheme = target.scheme.as_deref().unwrap_or_default();
+                format!("{scheme}://{target}")
+            }
+            (None, None) => String::new(),
+        }
+    }
+
     /// Whether the connection can take a request, within a bounded time.
     async fn ready(&mut self) -> bool {
         match &mut self.sender {

@@ -155,8 +155,8 @@ impl Transport {
     ///
     /// The URL must be absolute. The span that is current now is the caller's: it gets an event and
     /// a link when the request has a connection, and a child span if it had to wait. `Host` is set
-    /// unless it is there. The connection's [`ConnectionRecord`] stands in the response's extensions
-    /// and on its [body](ResponseBody::connection). Needs a tokio runtime with time and I/O.
+    /// unless it is there. The connection's [`ConnectionRecord`] stands on the response's
+    /// [body](ResponseBody::connection). Needs a tokio runtime with time and I/O.
     ///
     /// Cancel-safe: dropped while it waits, the request leaves the queue; dropped later, its
     /// HTTP/1 connection is closed, its HTTP/2 stream reset.

@@ -301,7 +301,9 @@ impl<'a> Errand<'a> {
             shell: self.shell.clone(),
             conn: granted.grant.conn,
             request: granted.grant.request,
-            uri: self.uri.clone(),
+            // Elsewhere the connection's own target is the request's.
+            uri: (self.route != Route::Direct || self.shell.settings.unix.is_some())
+                .then(|| self.uri.clone()),
             h1: matches!(granted.sender, Sender::H1(_)),
             sender: None,
             guard: RequestGuard::new(record.clone()),
@@ -448,7 +450,7 @@ impl<'a> Errand<'a> {
     /// The response's head is there.
     fn answered(
         &self,
-        mut response: Response<Incoming>,
+        response: Response<Incoming>,
         mut lease: Lease,
         sent: Sent,
     ) -> Response<ResponseBody> {
@@ -484,8 +486,7 @@ impl<'a> Errand<'a> {
         } else {
             Some(lease)
         };
-        let extensions = response.extensions_mut();
-        extensions.insert(ConnectionRecord(record.clone()));
+        // Not among the extensions: a map, its table and its entry would be allocated for each.
         response.map(|body| ResponseBody::new(body, lease, ConnectionRecord(record)))
     }
 

@@ -5,9 +5,7 @@ use std::time::{Duration, Instant};
 
 use http::Version;
 use opentelemetry_sdk::trace::{InMemorySpanExporter, SdkTracerProvider};
-use otel_conntrack::{
-    CloseReason, ConnectionRecord, Conntrack, FailureReason, HttpVersions, TransportErrorKind,
-};
+use otel_conntrack::{CloseReason, Conntrack, FailureReason, HttpVersions, TransportErrorKind};
 use rcgen::{CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::server::WebPkiClientVerifier;
@@ -44,7 +42,7 @@ async fn the_version_is_what_both_sides_speak() {
         for _ in 0..2 {
             let response = transport.send(get(&server.uri("/"))).await.unwrap();
             assert_eq!(response.version(), version, "{versions:?} {alpn:?}");
-            let record = response.extensions().get::<ConnectionRecord>().unwrap();
+            let record = response.body().connection();
             let facts = record.snapshot().tls.unwrap();
             assert_eq!(facts.alpn.as_deref(), negotiated, "{versions:?} {alpn:?}");
             assert_eq!(facts.version, Some("1.3"));
