@@ -17,7 +17,8 @@ use std::time::Duration;
 
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
+use tokio::task::AbortHandle;
 
 use crate::event::{
     CloseReason, Endpoint, FailureReason, IoLayer, ProtocolVersion, Target, TraceRef,
@@ -314,14 +315,25 @@ where
     }
 }
 
-/// Drives a connection until hyper is done with it; `io` is the half that has the socket.
+/// The task of the half that has the socket; it ends with this.
+struct IoTask(AbortHandle);
+
+impl Drop for IoTask {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Drives a connection until hyper is done with it; `io` is the half that has the socket. It has a
+/// task of its own, so that writing goes on beside the taking of requests (in one task, throughput
+/// was half), and keeps the socket until it is known why the connection ended.
 async fn drive_h2<D>(
     shell: Arc<Shell>,
     record: Arc<Connection>,
     tap: Arc<Tap>,
     conn: ConnIx,
     requests: D,
-    mut io: BoxFuture,
+    io: BoxFuture,
 ) where
     D: Future<Output = Result<(), hyper::Error>>,
 {
@@ -335,15 +347,23 @@ async fn drive_h2<D>(
         }
         std::future::pending().await
     };
+    let (tell, mut io_ended) = oneshot::channel();
+    let mut io = io;
+    let task = tokio::spawn(async move {
+        io.as_mut().await;
+        let _ = tell.send(());
+        std::future::pending::<()>().await;
+    });
+    let _io = IoTask(task.abort_handle());
     let ended = {
         let both = async {
             tokio::select! {
                 biased;
+                _ = &mut io_ended => Ok(()),
                 ended = requests => {
-                    io.as_mut().await;
+                    let _ = (&mut io_ended).await;
                     ended
                 }
-                () = io.as_mut() => Ok(()),
                 never = settings => never,
             }
         };

@@ -119,6 +119,14 @@ impl TransportError {
         self
     }
 
+    /// What ended the connection was that the peer speaks something else.
+    pub(crate) fn not_http(mut self) -> Self {
+        if let TransportErrorKind::ConnectionClosed(error) = &self.kind.what {
+            self.kind.what = TransportErrorKind::Protocol(error.clone());
+        }
+        self
+    }
+
     pub(crate) const fn sent(mut self, sent: bool) -> Self {
         self.kind.sent = sent;
         self

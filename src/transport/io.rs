@@ -149,6 +149,8 @@ pub(crate) struct Tap {
     owner: OnceLock<(Weak<Shell>, ConnIx)>,
     /// It is to be closed: the pool said so. Release and acquire, as below.
     closing: AtomicBool,
+    /// On HTTP/2, the peer's first SETTINGS came: it speaks it. Relaxed, for it only ever grows.
+    settled: AtomicBool,
     closer: AtomicWaker,
     /// A request gave the connection back, and has said why if it knows.
     pub(crate) given_back: Notify,
@@ -168,6 +170,11 @@ impl Tap {
     /// From now on the connection is the pool's.
     pub(crate) fn belongs(&self, shell: &Arc<Shell>, conn: ConnIx) {
         let _ = self.owner.set((Arc::downgrade(shell), conn));
+    }
+
+    /// Whether an HTTP/2 peer has shown that it speaks it.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.settled.load(Relaxed)
     }
 
     /// The connection is to be closed.
@@ -284,6 +291,9 @@ impl Tap {
         let Some((shell, conn)) = self.owner.get() else {
             return;
         };
+        if matches!(seen, Seen::Settings { .. }) {
+            self.settled.store(true, Relaxed);
+        }
         let Some(shell) = shell.upgrade() else { return };
         match seen {
             Seen::Settings {

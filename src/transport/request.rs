@@ -27,7 +27,7 @@ use crate::transport::dial::DialFailure;
 use crate::transport::error::{TransportError, TransportErrorKind, target_of};
 use crate::transport::io::Tap;
 use crate::transport::key::KeyRef;
-use crate::transport::lease::{Held, Lease, Sender};
+use crate::transport::lease::{GRACE, Held, Lease, Sender};
 use crate::transport::pool::{Asker, ConnIx};
 use crate::transport::proxy::Route;
 use crate::transport::shell::{Begun, Granted, RequestObservers, Served, Shell, Ticket};
@@ -163,9 +163,17 @@ where
             },
         };
         let stale = sent.stale;
+        // A peer that never spoke HTTP/2: why the connection ends is known a moment later, and if it
+        // is the peer's fault, the next connection would be no better.
+        let unproven = !sent.h1 && !tap.is_settled();
+        let unsent = matches!(&answer, Err(failed) if failed.message().is_some());
+        let broke = unproven && unsent && Box::pin(broke_protocol(&tap, &sent.record)).await;
         match errand.finish(answer, lease, sent, &mut outgoing.request) {
             Exchanged::Break(answer) => return answer,
             Exchanged::Continue((error, dead)) => {
+                if broke {
+                    return Err(outgoing.give_back(&errand.uri, error.not_http()));
+                }
                 if error.is_sent() {
                     // It is not to be had back any more.
                     outgoing.empty = None;
@@ -177,6 +185,13 @@ where
             }
         }
     }
+}
+
+/// Whether a connection's end, which is near, is the peer's fault.
+async fn broke_protocol(tap: &Tap, record: &Connection) -> bool {
+    let _ = tokio::time::timeout(2 * GRACE, poll_fn(|cx| tap.poll_gone(cx))).await;
+    let closed = record.closed.get();
+    closed.is_some_and(|close| close.reason == CloseReason::ProtocolError)
 }
 
 /// Either the answer; or nothing was sent, or it does no harm to send it again: then the request is
