@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::event::{
     AcceptErrorReason, CloseReason, ConnectionId, ConnectionState, Direction, Endpoint,
-    FailureReason, Initiator, PoolEvent, RejectReason, Target, TlsFacts,
+    FailureReason, Initiator, PoolEvent, RejectReason, Target, TcpInfo, TlsFacts,
 };
 
 /// An event of either kind, as a [`channel`](crate::channel) carries it.
@@ -191,6 +191,8 @@ pub enum ConnectionEventKind {
         bytes_read: u64,
         /// Bytes written, on the layer that was wrapped.
         bytes_written: u64,
+        /// What the kernel said of it at its end; only of a stock client's connection, on Linux.
+        tcp: Option<TcpInfo>,
     },
 }
 

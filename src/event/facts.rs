@@ -41,11 +41,14 @@ impl fmt::Display for Direction {
     derive(serde::Serialize),
     serde(rename_all = "snake_case")
 )]
+#[non_exhaustive]
 pub enum Initiator {
     /// This process.
     Local,
     /// The peer.
     Remote,
+    /// Nothing told.
+    Unknown,
 }
 
 impl Initiator {
@@ -54,6 +57,7 @@ impl Initiator {
         match self {
             Self::Local => "local",
             Self::Remote => "remote",
+            Self::Unknown => "unknown",
         }
     }
 }

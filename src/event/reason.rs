@@ -146,6 +146,12 @@ reasons! {
         TimedOut => "timed_out",
         /// The TLS handshake failed.
         TlsHandshakeFailed => "tls_handshake_failed",
+        /// The socket is gone, and nothing told why: of a stock client's connection, which cannot be
+        /// wrapped, only the kernel's notice is seen.
+        Unknown => "unknown",
+        /// Nothing would tell when it ends, so it counts as closed from here on: a stock client's
+        /// connection over a Unix socket, or one beyond the bound of what is watched.
+        Untracked => "untracked",
     }
 }
 
@@ -158,6 +164,7 @@ impl CloseReason {
     pub const fn initiator(self) -> Initiator {
         match self {
             Self::ConnectionReset | Self::Goaway | Self::PeerClosed => Initiator::Remote,
+            Self::Unknown | Self::Untracked => Initiator::Unknown,
             _ => Initiator::Local,
         }
     }

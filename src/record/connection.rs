@@ -24,7 +24,11 @@ use crate::record::{Scope, lock};
 /// How many phases of one set-up are kept: a name with more addresses than that is cut off.
 const PHASES: usize = 32;
 
+/// The initiator's place in [`Connection::close_hint`], above the reason.
 const REMOTE: u8 = 0x80;
+const UNKNOWN: u8 = 0x40;
+const INITIATOR: u8 = REMOTE | UNKNOWN;
+const _: () = assert!(CloseReason::COUNT < UNKNOWN as usize);
 
 pub(crate) struct Connection {
     pub(crate) id: ConnectionId,
@@ -40,6 +44,8 @@ pub(crate) struct Connection {
     /// The set-up span, written before anybody can use the connection.
     pub(crate) trace: OnceLock<TraceRef>,
     pub(crate) socket: SocketSlot,
+    /// What the kernel said last, where it said something at the end.
+    last_tcp: OnceLock<Box<TcpInfo>>,
     phases: Mutex<Vec<Phase>>,
     timeline: Mutex<Timeline>,
     keeps_timeline: AtomicBool,
@@ -52,7 +58,7 @@ pub(crate) struct Connection {
     idle_since: AtomicU64,
     bytes_read: AtomicU64,
     bytes_written: AtomicU64,
-    /// The first reason seen to close: index plus one, with [`REMOTE`]; zero for none.
+    /// The first reason seen to close: index plus one, with its initiator; zero for none.
     close_hint: AtomicU8,
     /// The life span's writer takes this, so that it is written once, by close or by shutdown.
     life_span: AtomicBool,
@@ -121,6 +127,7 @@ impl Connection {
             closed: OnceLock::new(),
             trace: OnceLock::new(),
             socket: SocketSlot::default(),
+            last_tcp: OnceLock::new(),
             phases: Mutex::default(),
             timeline: Mutex::default(),
             keeps_timeline: AtomicBool::new(false),
@@ -197,6 +204,19 @@ impl Connection {
             .store(self.bytes_written.load(Relaxed) + bytes, Relaxed);
     }
 
+    /// The kernel's last word. What it counted stands for what nobody of us could count.
+    pub(crate) fn set_last_tcp(&self, tcp: TcpInfo) {
+        self.bytes_read
+            .store(tcp.bytes_received.unwrap_or_default(), Relaxed);
+        self.bytes_written
+            .store(tcp.bytes_acked.unwrap_or_default(), Relaxed);
+        let _ = self.last_tcp.set(Box::new(tcp));
+    }
+
+    pub(crate) fn last_tcp(&self) -> Option<TcpInfo> {
+        self.last_tcp.get().map(|tcp| **tcp)
+    }
+
     pub(crate) fn idle_for(&self, now: Duration) -> Option<Duration> {
         match self.idle_since.load(Relaxed) {
             0 => None,
@@ -251,6 +271,7 @@ impl Connection {
                 timeline: timeline.entries().collect(),
                 timeline_dropped: timeline.dropped(),
                 closed: closed.map(|close| (close.reason, close.initiator)),
+                last_tcp: self.last_tcp(),
                 failed: failed.map(|(reason, _)| *reason),
             }
         }
@@ -512,23 +533,23 @@ impl Connection {
 
     /// Remembers why it is about to end, unless a reason is known already.
     pub(crate) fn hint(&self, reason: CloseReason, initiator: Initiator) {
-        let remote = if initiator == Initiator::Remote {
-            REMOTE
-        } else {
-            0
+        let initiator = match initiator {
+            Initiator::Local => 0,
+            Initiator::Remote => REMOTE,
+            Initiator::Unknown => UNKNOWN,
         };
-        let value = (reason.index() as u8 + 1) | remote;
+        let value = (reason.index() as u8 + 1) | initiator;
         // Relaxed: the value itself is all that is passed on.
         let _ = self.close_hint.compare_exchange(0, value, Relaxed, Relaxed);
     }
 
     pub(crate) fn hinted(&self) -> Option<(CloseReason, Initiator)> {
         let value = self.close_hint.load(Relaxed);
-        let reason = CloseReason::from_index(((value & !REMOTE) as usize).checked_sub(1)?)?;
-        let initiator = if value & REMOTE != 0 {
-            Initiator::Remote
-        } else {
-            Initiator::Local
+        let reason = CloseReason::from_index(((value & !INITIATOR) as usize).checked_sub(1)?)?;
+        let initiator = match value & INITIATOR {
+            0 => Initiator::Local,
+            REMOTE => Initiator::Remote,
+            _ => Initiator::Unknown,
         };
         Some((reason, initiator))
     }
@@ -576,6 +597,7 @@ impl Connection {
                     requests: self.requests(),
                     bytes_read: self.bytes().0,
                     bytes_written: self.bytes().1,
+                    tcp: self.last_tcp(),
                 },
             );
         });

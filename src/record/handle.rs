@@ -56,6 +56,23 @@ impl ConnectionGuard {
         self.connection.add_written(bytes as u64);
     }
 
+    /// The socket is gone; this is what the kernel said of it, and nobody said why.
+    #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
+    pub(crate) fn gone(self, tcp: Option<TcpInfo>) {
+        if let Some(tcp) = tcp {
+            self.connection.set_last_tcp(tcp);
+        }
+        let reason = CloseReason::Unknown;
+        self.connection.hint(reason, reason.initiator());
+    }
+
+    /// Nothing will tell when it ends.
+    #[allow(dead_code)] // until its caller lands
+    pub(crate) fn untracked(self) {
+        let reason = CloseReason::Untracked;
+        self.connection.hint(reason, reason.initiator());
+    }
+
     pub(crate) fn end_of_stream(&self) {
         if self.connection.hinted().is_none() {
             self.connection

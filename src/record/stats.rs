@@ -6,7 +6,8 @@ use std::time::{Duration, SystemTime};
 
 use crate::event::{
     AcceptErrorReason, CloseReason, ConnectionId, ConnectionState, Direction, Endpoint,
-    FailureReason, Initiator, IoLayer, ProtocolVersion, RejectReason, Target, TlsFacts, TraceRef,
+    FailureReason, Initiator, IoLayer, ProtocolVersion, RejectReason, Target, TcpInfo, TlsFacts,
+    TraceRef,
 };
 use crate::record::Scope;
 use crate::record::pool::PoolStats;
@@ -379,6 +380,8 @@ pub struct ConnectionSnapshot {
     pub timeline_dropped: u64,
     /// Why and by whom it was closed, once it is.
     pub closed: Option<(CloseReason, Initiator)>,
+    /// What the kernel said of it at its end; only of a stock client's connection, on Linux.
+    pub last_tcp: Option<TcpInfo>,
     /// Why its set-up failed, if it did.
     pub failed: Option<FailureReason>,
 }

@@ -21,7 +21,7 @@ macro_rules! attributes {
 
 attributes! {
     CLOSE_REASON = "conntrack.close.reason": "why the connection ended: the first reason seen";
-    CLOSE_INITIATOR = "conntrack.close.initiator": "who ended it: `local` or `remote`";
+    CLOSE_INITIATOR = "conntrack.close.initiator": "who ended it: `local` or `remote`; `unknown` where nothing told";
     CLOSE_WITH_ACTIVE = "conntrack.close.with_active_requests": "requests were running when it ended";
     CONNECTION_ID = "conntrack.connection.id": "the connection, on its own spans and on its requests' spans: the way back from one to the other";
     CONNECTION_OPEN = "conntrack.connection.open": "it was still open when this span was written (checkpoint, shutdown)";
