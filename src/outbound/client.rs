@@ -24,6 +24,7 @@ use tower_service::Service;
 
 use crate::event::{ConnectionState, ProtocolVersion};
 use crate::outbound::caller::Caller;
+use crate::outbound::held::Held;
 use crate::outbound::name::DialName;
 use crate::record::Connection;
 use crate::record::handle::{ConnectionRecord, RequestGuard, watch_clones};
@@ -176,10 +177,8 @@ where
             // The connection belongs to whoever asked for it now, until it is closed.
             guard.stay_active();
         }
-        Poll::Ready(Ok(response.map(|body| {
-            // A response without content ends with its head; nobody polls such a body.
-            let guard = guard.filter(|_| !body.is_end_stream());
-            RequestBody { body, guard }
+        Poll::Ready(Ok(response.map(|body| RequestBody {
+            held: Held::new(body, guard),
         })))
     }
 }
@@ -237,8 +236,7 @@ pin_project! {
     /// was dropped.
     pub struct RequestBody<B> {
         #[pin]
-        body: B,
-        guard: Option<RequestGuard>,
+        held: Held<B, RequestGuard>,
     }
 }
 
@@ -250,30 +248,22 @@ impl<B: Body> Body for RequestBody<B> {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        let mut this = self.project();
-        let frame = ready!(this.body.as_mut().poll_frame(cx));
-        // The pool has an HTTP/1 connection back when the body is at its end, which a reader who
-        // knows the length may never ask for.
-        if !matches!(frame, Some(Ok(_))) || this.body.is_end_stream() {
-            *this.guard = None;
-        }
-        Poll::Ready(frame)
+        self.project().held.poll_frame(cx)
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.held.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        self.held.size_hint()
     }
 }
 
 impl<B: Default> Default for RequestBody<B> {
     fn default() -> Self {
         Self {
-            body: B::default(),
-            guard: None,
+            held: Held::default(),
         }
     }
 }
@@ -281,7 +271,7 @@ impl<B: Default> Default for RequestBody<B> {
 impl<B: fmt::Debug> fmt::Debug for RequestBody<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RequestBody")
-            .field("body", &self.body)
+            .field("body", &self.held.body)
             .finish_non_exhaustive()
     }
 }

@@ -6,4 +6,7 @@
 #[cfg(feature = "reqwest")]
 #[allow(dead_code)] // until its caller lands
 pub(crate) mod close_watch;
+#[cfg(feature = "reqwest")]
+#[allow(dead_code)] // until its caller lands
+pub(crate) mod held;
 pub mod pool_events;
