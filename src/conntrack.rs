@@ -58,6 +58,27 @@ impl Conntrack {
         crate::TransportBuilder::new(self.recorder.clone(), name)
     }
 
+    /// Tracks an unmodified reqwest client's connections under this name: a layer for its connector.
+    /// [`ReqwestBuilderExt::conntrack`](crate::ReqwestBuilderExt::conntrack) is this in one line.
+    #[cfg(feature = "reqwest")]
+    pub fn reqwest(&self, name: &str) -> crate::stock::ReqwestLayerBuilder {
+        crate::stock::ReqwestLayerBuilder::new(self.recorder.clone(), name)
+    }
+
+    /// A layer over a reqwest client whose connections are tracked under this name: it sees the
+    /// requests. From here on, new connections of this name count as idle until a request has them.
+    ///
+    /// # Errors
+    ///
+    /// When the name is empty, longer than 100 bytes or has control characters.
+    #[cfg(feature = "reqwest")]
+    pub fn reqwest_requests(
+        &self,
+        name: &str,
+    ) -> Result<crate::stock::ReqwestRequests, ConfigError> {
+        crate::stock::ReqwestRequests::new(&self.recorder, name)
+    }
+
     /// Has a dialer's name reported with zeros before its first use, for names that come with calls
     /// (`DialName`). go-conntrack: `PreRegisterDialerMetrics`.
     ///

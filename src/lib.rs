@@ -100,6 +100,8 @@ mod io;
 mod observer;
 mod outbound;
 mod record;
+#[cfg(feature = "reqwest")]
+mod reqwest_builder;
 #[cfg(feature = "net")]
 mod socket;
 #[cfg(feature = "stock")]
@@ -140,6 +142,8 @@ pub use record::handle::{ConnectionRecord, RequestGuard};
 pub use record::pool::{PoolHostStats, PoolLimits, PoolStats};
 pub use record::stats::{ConnectionSnapshot, Dropped, HostStats, ScopeStats, Stats};
 pub use record::timeline::{Moment, TimelineEntry};
+#[cfg(feature = "reqwest")]
+pub use reqwest_builder::ReqwestBuilderExt;
 #[cfg(feature = "net")]
 pub use socket::Keepalive;
 #[cfg(feature = "otlp")]

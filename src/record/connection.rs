@@ -280,10 +280,10 @@ impl Connection {
     // === set-up phases ===
 
     /// Begins a phase; gives it back where as many as are kept are there already.
-    pub(crate) fn phase_start(&self, kind: PhaseKind) -> Result<usize, Phase> {
+    pub(crate) fn phase_start(&self, kind: PhaseKind, at: Duration) -> Result<usize, Phase> {
         let phase = Phase {
             kind,
-            from: self.elapsed(),
+            from: at,
             to: None,
             error: None,
         };
@@ -301,10 +301,10 @@ impl Connection {
         started: Result<usize, Phase>,
         error: Option<FailureReason>,
         answers: Vec<std::net::IpAddr>,
+        at: Duration,
     ) -> Option<Phase> {
-        let now = self.elapsed();
         let end = |phase: &mut Phase| {
-            phase.to = Some(now);
+            phase.to = Some(at);
             phase.error = error;
             if let PhaseKind::Dns { addresses, .. } = &mut phase.kind {
                 *addresses = answers;

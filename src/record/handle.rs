@@ -67,7 +67,7 @@ impl ConnectionGuard {
     }
 
     /// Nothing will tell when it ends.
-    #[allow(dead_code)] // until its caller lands
+    #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
     pub(crate) fn untracked(self) {
         let reason = CloseReason::Untracked;
         self.connection.hint(reason, reason.initiator());

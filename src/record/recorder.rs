@@ -7,9 +7,10 @@
 use std::collections::hash_map::RandomState;
 use std::collections::{BTreeMap, VecDeque};
 use std::hash::{BuildHasher, Hasher};
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use crate::event::{
     AcceptErrorReason, ConnectionEventKind, ConnectionId, ConnectionState, Direction, Endpoint,
@@ -355,6 +356,12 @@ impl std::fmt::Debug for Recorder {
     }
 }
 
+fn tell(connection: &Connection, kind: ConnectionEventKind, at: Duration) {
+    connection.scope.transition(|t| {
+        t.emit(Some(connection.id), || connection.wall(at), || kind);
+    });
+}
+
 /// An outbound attempt under way. Dropped without a word, it was cancelled.
 pub(crate) struct Attempt {
     recorder: Recorder,
@@ -369,10 +376,15 @@ impl Attempt {
 
     /// Begins a step of set-up; the step ends with the handle.
     pub(crate) fn phase(&self, kind: PhaseKind) -> PhaseGuard {
+        self.phase_at(kind, self.connection.elapsed())
+    }
+
+    /// The same for one that began a moment ago.
+    pub(crate) fn phase_at(&self, kind: PhaseKind, at: Duration) -> PhaseGuard {
         let scope = &self.connection.scope;
         let started = if self.recorder.wants_phases(scope) {
             if scope.observed() {
-                self.tell(match &kind {
+                let event = match &kind {
                     PhaseKind::Dns { host, .. } => {
                         ConnectionEventKind::DnsStart { host: host.clone() }
                     }
@@ -382,9 +394,10 @@ impl Attempt {
                     PhaseKind::Tls { server_name } => ConnectionEventKind::TlsHandshakeStart {
                         server_name: server_name.clone(),
                     },
-                });
+                };
+                tell(&self.connection, event, at);
             }
-            let started = self.connection.phase_start(kind);
+            let started = self.connection.phase_start(kind, at);
             if started.is_err() {
                 self.recorder.0.drops.phases(1);
             }
@@ -396,13 +409,6 @@ impl Attempt {
             connection: self.connection.clone(),
             started,
         }
-    }
-
-    fn tell(&self, kind: ConnectionEventKind) {
-        let connection = &self.connection;
-        connection.scope.transition(|t| {
-            t.emit(Some(connection.id), || connection.now_wall(), || kind);
-        });
     }
 
     /// The connection is usable. `requests_seen` says that its requests will be shown to us, so it
@@ -478,20 +484,28 @@ impl PhaseGuard {
     }
 
     /// A look-up ended with these addresses.
-    pub(crate) fn resolved(mut self, addresses: Vec<std::net::IpAddr>) {
-        self.end(None, addresses);
+    pub(crate) fn resolved(mut self, addresses: Vec<IpAddr>) {
+        self.end(Ok(addresses), self.connection.elapsed());
     }
 
     pub(crate) fn failed(mut self, reason: FailureReason) {
-        self.end(Some(reason), Vec::new());
+        self.end(Err(reason), self.connection.elapsed());
     }
 
-    fn end(&mut self, error: Option<FailureReason>, addresses: Vec<std::net::IpAddr>) {
+    /// It ended a moment ago.
+    #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
+    pub(crate) fn ended_at(mut self, at: Duration, outcome: Result<Vec<IpAddr>, FailureReason>) {
+        self.end(outcome, at);
+    }
+
+    fn end(&mut self, outcome: Result<Vec<IpAddr>, FailureReason>, at: Duration) {
         let Some(started) = self.started.take() else {
             return;
         };
         let connection = &self.connection;
-        let Some(phase) = connection.phase_end(started, error, addresses) else {
+        let error = outcome.as_ref().err().copied();
+        let addresses = outcome.unwrap_or_default();
+        let Some(phase) = connection.phase_end(started, error, addresses, at) else {
             return;
         };
         if !connection.scope.observed() {
@@ -517,14 +531,12 @@ impl PhaseGuard {
                 error,
             },
         };
-        connection.scope.transition(|t| {
-            t.emit(Some(connection.id), || connection.now_wall(), || kind);
-        });
+        tell(connection, kind, at);
     }
 }
 
 impl Drop for PhaseGuard {
     fn drop(&mut self) {
-        self.end(Some(self.connection.given_up()), Vec::new());
+        self.end(Err(self.connection.given_up()), self.connection.elapsed());
     }
 }

@@ -40,6 +40,7 @@ const SHARDS: usize = 32;
 const DECLARED: u8 = 1;
 const NO_SPANS: u8 = 2;
 const NO_METRICS: u8 = 4;
+const REQUESTS_SEEN: u8 = 8;
 
 /// Where a host's counts stand in its scope. Slot 0 is "no host", for a listener; then come the
 /// learned ones, then `_other`.
@@ -213,6 +214,17 @@ impl Scope {
 
     pub(crate) fn metrics(&self) -> bool {
         self.switches.load(Ordering::Relaxed) & NO_METRICS == 0
+    }
+
+    /// Its connections' requests will be shown to us, so those that open from now on start idle.
+    #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
+    pub(crate) fn see_requests(&self) {
+        self.switch(REQUESTS_SEEN, true);
+    }
+
+    #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
+    pub(crate) fn requests_seen(&self) -> bool {
+        self.switches.load(Ordering::Relaxed) & REQUESTS_SEEN != 0
     }
 
     fn switch(&self, bit: u8, on: bool) {
