@@ -147,7 +147,9 @@ where
             && let Some(capture) = this.capture
         {
             match captured(capture, seen) {
-                Some(Some(connection)) => acquired(&connection, this.guard, this.caller),
+                Some(Some(connection)) => {
+                    acquired(&connection, this.guard, this.caller, Some(capture));
+                }
                 Some(None) => *this.capture = None,
                 None => {}
             }
@@ -162,7 +164,7 @@ where
         // hyper-util tries again by itself when a pooled connection turns out dead. The response says
         // which connection it really came on.
         if let Some(ConnectionRecord(connection)) = response.extensions().get() {
-            acquired(connection, this.guard, this.caller);
+            acquired(connection, this.guard, this.caller, this.capture.as_ref());
         }
         let mut guard = this.guard.take();
         if let Some(guard) = &guard
@@ -210,15 +212,30 @@ fn captured(
 }
 
 /// The request has this connection from now on, and no other.
-fn acquired(connection: &Arc<Connection>, guard: &mut Option<RequestGuard>, caller: &Caller) {
+fn acquired(
+    connection: &Arc<Connection>,
+    guard: &mut Option<RequestGuard>,
+    caller: &Caller,
+    capture: Option<&CaptureConnection>,
+) {
     if guard
         .as_ref()
         .is_some_and(|guard| Arc::ptr_eq(guard.connection(), connection))
     {
         return;
     }
-    caller.acquired(connection, connection.request_started());
+    let found = connection.request_started();
+    caller.acquired(connection, found);
     *guard = Some(RequestGuard::new(connection.clone()));
+    if let Some(capture) = capture.filter(|_| !found.reused) {
+        // What it captured shares its pill with the pool's own copy.
+        let capture = capture.clone();
+        connection.set_pill(move || {
+            if let Some(connected) = &*capture.connection_metadata() {
+                connected.poison();
+            }
+        });
+    }
 }
 
 pub(crate) const fn protocol(version: Version) -> Option<ProtocolVersion> {

@@ -46,6 +46,7 @@ pub(crate) struct Connection {
     pub(crate) socket: SocketSlot,
     /// What the kernel said last, where it said something at the end.
     last_tcp: OnceLock<Box<TcpInfo>>,
+    pill: Mutex<Pill>,
     phases: Mutex<Vec<Phase>>,
     timeline: Mutex<Timeline>,
     keeps_timeline: AtomicBool,
@@ -64,6 +65,15 @@ pub(crate) struct Connection {
     life_span: AtomicBool,
     /// Nanoseconds after `started` of the last checkpoint.
     pub(crate) checkpoint: AtomicU64,
+}
+
+/// How the connection's pool is told to use it no more (hyper-util: *poison*).
+#[derive(Default)]
+struct Pill {
+    /// It was asked for.
+    poisoned: bool,
+    /// None before the pool is known and after the close: it may hold what holds this record.
+    poison: Option<Arc<dyn Fn() + Send + Sync>>,
 }
 
 /// Known once the connection is usable.
@@ -128,6 +138,7 @@ impl Connection {
             trace: OnceLock::new(),
             socket: SocketSlot::default(),
             last_tcp: OnceLock::new(),
+            pill: Mutex::default(),
             phases: Mutex::default(),
             timeline: Mutex::default(),
             keeps_timeline: AtomicBool::new(false),
@@ -165,6 +176,34 @@ impl Connection {
     pub(crate) fn open_now(&self) -> Option<Duration> {
         let _still = self.scope.shard(self.id);
         self.closed.get().is_none().then(|| self.elapsed())
+    }
+
+    // === poison ===
+
+    /// This is how the connection's pool is told; at once, if it was asked for already.
+    #[cfg_attr(not(feature = "hyper"), allow(dead_code))]
+    pub(crate) fn set_pill(&self, poison: impl Fn() + Send + Sync + 'static) {
+        let poison: Arc<dyn Fn() + Send + Sync> = Arc::new(poison);
+        let mut pill = lock(&self.pill);
+        if self.closed.get().is_some() {
+            return;
+        }
+        pill.poison = Some(poison.clone());
+        let due = pill.poisoned;
+        drop(pill);
+        if due {
+            poison();
+        }
+    }
+
+    /// Asks for no further request on it. False if nobody is known yet who could heed it.
+    pub(crate) fn poison(&self) -> bool {
+        let mut pill = lock(&self.pill);
+        pill.poisoned = true;
+        let poison = pill.poison.clone();
+        drop(pill);
+        // Without the lock: it is foreign.
+        poison.map(|poison| poison()).is_some()
     }
 
     // === reading ===
@@ -601,6 +640,13 @@ impl Connection {
                 },
             );
         });
+        self.forget_pill();
+    }
+
+    /// Forgets how its pool is told, which may hold this record. After the close.
+    fn forget_pill(&self) {
+        let forgotten = lock(&self.pill).poison.take();
+        drop(forgotten);
     }
 
     /// From when it was usable.

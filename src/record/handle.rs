@@ -289,6 +289,28 @@ impl ConnectionRecord {
         self.0.set_protocol(version);
     }
 
+    /// Asks that no further request goes out on it: it is closed when those that run on it are over,
+    /// at once if none does (hyper-util: when its pool next looks). hyper-util: `Connected::poison`.
+    ///
+    /// Heeded by a [`Transport`](crate::Transport)'s connections, and by those of hyper-util's legacy
+    /// client with a [`RequestLayer`](crate::RequestLayer) over it, from their first request on. False
+    /// if nobody is there who could: reqwest offers no way to it. An earlier call is remembered until
+    /// the first request.
+    ///
+    /// ```
+    /// # fn finish(response: &http::Response<()>) {
+    /// use otel_conntrack::ConnectionRecord;
+    ///
+    /// // This server answered oddly; the next request gets another connection.
+    /// if let Some(record) = response.extensions().get::<ConnectionRecord>() {
+    ///     record.poison();
+    /// }
+    /// # }
+    /// ```
+    pub fn poison(&self) -> bool {
+        self.0.poison()
+    }
+
     /// Says why the connection is about to be closed by this side. The first reason seen wins.
     pub fn set_close_reason(&self, reason: CloseReason) {
         self.0.hint(reason, reason.initiator());

@@ -348,7 +348,7 @@ async fn drain(held: Held, mut body: Incoming, most: usize) {
     }
 }
 
-/// Says why this side is about to close, with the moment in the connection's timeline.
+/// Says why this side is about to close.
 pub(crate) fn say_why(connection: &Connection, reason: CloseReason) {
     let initiator = if reason == CloseReason::Goaway {
         Initiator::Remote

@@ -66,7 +66,7 @@ pub(crate) struct Shell {
     pub(crate) recorder: Recorder,
     pub(crate) scope: Arc<Scope>,
     own: Composed,
-    /// How many panics of these are counted already.
+    /// Where the pool's monotonic time begins.
     epoch: Instant,
     state: Mutex<State>,
     clock: Arc<Clock>,
@@ -383,9 +383,15 @@ impl Shell {
         let mut guard = self.lock();
         let state = &mut *guard;
         take(&mut state.dials, dial.place());
-        // The handle first: what the pool delivers is taken from it.
         let conn = state.pool.dialled(dial, record.id, shape, expires, now)?;
         tap.belongs(self, conn);
+        let shell = Arc::downgrade(self);
+        record.set_pill(move || {
+            if let Some(shell) = shell.upgrade() {
+                shell.retire(conn, CloseReason::Shutdown);
+            }
+        });
+        // Before anything is applied: what the pool delivers is taken from the handle.
         put(
             &mut state.conns,
             conn.place(),
@@ -718,6 +724,7 @@ impl Shell {
             }
         }
     }
+
     fn ask_the_kernel(&self, snapshot: &mut PoolSnapshot) {
         for active in &mut snapshot.active {
             let record = self.scope.find(active.connection);
