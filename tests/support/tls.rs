@@ -5,6 +5,13 @@ use std::sync::Arc;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 
+/// A reqwest built with rustls and without a default provider wants one for the process, also where
+/// no TLS is spoken.
+pub fn install() {
+    // An error says that one is installed already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
 /// A server for this name, and a client that trusts it.
 pub fn pair(name: &str) -> (Arc<ServerConfig>, Arc<ClientConfig>) {
     let made = rcgen::generate_simple_self_signed([name.to_owned()]).expect("a name is enough");
