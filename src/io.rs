@@ -9,6 +9,9 @@
 //! What is counted are the bytes on the layer that was wrapped: on the wire for a `TcpStream`,
 //! plaintext for a TLS stream.
 
+#[cfg(feature = "hyper")]
+mod h2_streams;
+
 use std::fmt;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -53,6 +56,42 @@ pin_project! {
         // What is free again after the close: a place under a listener's `max_connections`, or in
         // a pool.
         place: Option<Place>,
+        streams: StreamsOf,
+    }
+}
+
+/// The requests of an HTTP/2 client that shows them to nobody else; mostly none.
+struct StreamsOf {
+    #[cfg(feature = "hyper")]
+    streams: Option<Box<h2_streams::Streams>>,
+}
+
+impl StreamsOf {
+    const NONE: Self = Self {
+        #[cfg(feature = "hyper")]
+        streams: None,
+    };
+
+    #[cfg_attr(not(feature = "hyper"), allow(unused_variables, clippy::unused_self))]
+    fn read(&mut self, bytes: &[u8]) {
+        #[cfg(feature = "hyper")]
+        if let Some(streams) = &mut self.streams {
+            streams.read(bytes);
+        }
+    }
+
+    #[cfg_attr(not(feature = "hyper"), allow(unused_variables, clippy::unused_self))]
+    fn wrote(&mut self, bytes: &[IoSlice<'_>], written: &Poll<io::Result<usize>>) {
+        #[cfg(feature = "hyper")]
+        if let Some(streams) = &mut self.streams
+            && let &Poll::Ready(Ok(mut left)) = written
+        {
+            for bytes in bytes {
+                let now = left.min(bytes.len());
+                streams.wrote(&bytes[..now]);
+                left -= now;
+            }
+        }
     }
 }
 
@@ -75,7 +114,17 @@ impl<T> TrackedIo<T> {
             io,
             guard,
             place: None,
+            streams: StreamsOf::NONE,
         }
+    }
+
+    /// Requests are seen as the HTTP/2 streams of what passes here in plaintext.
+    #[cfg(feature = "hyper")]
+    pub(crate) fn with_streams(mut self, on: bool) -> Self {
+        let connection = self.guard.connection();
+        let streams = on.then(|| Box::new(h2_streams::Streams::new(connection.clone())));
+        self.streams.streams = streams;
+        self
     }
 
     /// The stream has this socket at its bottom; the record may ask it from now on.
@@ -142,6 +191,7 @@ impl<T> TrackedIo<T> {
             io: wrap(self.io),
             guard: self.guard,
             place: self.place,
+            streams: self.streams,
         }
     }
 }
@@ -188,9 +238,10 @@ impl<T: AsyncRead> AsyncRead for TrackedIo<T> {
         let (before, room) = (buf.filled().len(), buf.remaining());
         match ready!(this.io.poll_read(cx, buf)) {
             Ok(()) => {
-                let bytes = buf.filled().len() - before;
-                if bytes > 0 {
-                    this.guard.read(bytes);
+                let bytes = &buf.filled()[before..];
+                if !bytes.is_empty() {
+                    this.guard.read(bytes.len());
+                    this.streams.read(bytes);
                 } else if room > 0 {
                     this.guard.end_of_stream();
                 }
@@ -211,7 +262,9 @@ impl<T: AsyncWrite> AsyncWrite for TrackedIo<T> {
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.project();
-        note_written(this.guard, this.io.poll_write(cx, buf))
+        let written = this.io.poll_write(cx, buf);
+        this.streams.wrote(&[IoSlice::new(buf)], &written);
+        note_written(this.guard, written)
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -231,7 +284,9 @@ impl<T: AsyncWrite> AsyncWrite for TrackedIo<T> {
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.project();
-        note_written(this.guard, this.io.poll_write_vectored(cx, bufs))
+        let written = this.io.poll_write_vectored(cx, bufs);
+        this.streams.wrote(bufs, &written);
+        note_written(this.guard, written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -254,6 +309,7 @@ mod hyper_io {
     /// unsafe code; tokio's buffer does, and hyper-util adapts both ways at no cost.
     struct Counted<'a, T> {
         io: TokioIo<Pin<&'a mut T>>,
+        streams: &'a mut StreamsOf,
         bytes: usize,
         room: usize,
     }
@@ -267,7 +323,9 @@ mod hyper_io {
             let before = buf.filled().len();
             self.room = buf.remaining();
             let read = Pin::new(&mut self.io).poll_read(cx, buf);
-            self.bytes = buf.filled().len() - before;
+            let bytes = &buf.filled()[before..];
+            self.bytes = bytes.len();
+            self.streams.read(bytes);
             read
         }
     }
@@ -281,6 +339,7 @@ mod hyper_io {
             let this = self.project();
             let mut counted = Counted {
                 io: TokioIo::new(this.io),
+                streams: this.streams,
                 bytes: 0,
                 room: 0,
             };
@@ -302,7 +361,9 @@ mod hyper_io {
             buf: &[u8],
         ) -> Poll<io::Result<usize>> {
             let this = self.project();
-            note_written(this.guard, this.io.poll_write(cx, buf))
+            let written = this.io.poll_write(cx, buf);
+            this.streams.wrote(&[IoSlice::new(buf)], &written);
+            note_written(this.guard, written)
         }
 
         fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -326,7 +387,9 @@ mod hyper_io {
             bufs: &[IoSlice<'_>],
         ) -> Poll<io::Result<usize>> {
             let this = self.project();
-            note_written(this.guard, this.io.poll_write_vectored(cx, bufs))
+            let written = this.io.poll_write_vectored(cx, bufs);
+            this.streams.wrote(bufs, &written);
+            note_written(this.guard, written)
         }
     }
 

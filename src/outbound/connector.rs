@@ -32,6 +32,7 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 pub struct ConnectorBuilder {
     declaration: Declaration,
     below_tls: bool,
+    http2_streams: bool,
 }
 
 impl ConnectorBuilder {
@@ -39,6 +40,7 @@ impl ConnectorBuilder {
         Self {
             declaration: Declaration::new(recorder, name),
             below_tls: false,
+            http2_streams: false,
         }
     }
 
@@ -62,9 +64,22 @@ impl ConnectorBuilder {
         self
     }
 
+    /// The client speaks HTTP/2 and shows its requests to nobody, as a tonic channel: they are read
+    /// from the frames that pass through, so that its connections are active or idle, and requests
+    /// are counted. A request runs until its response has ended, or its stream was reset. Default:
+    /// off. Not together with a [`RequestLayer`], which would count them again.
+    ///
+    /// It needs plaintext: with TLS above this connector ([`below_tls`](Self::below_tls)) no
+    /// request is seen.
+    pub const fn http2_streams(mut self) -> Self {
+        self.http2_streams = true;
+        self
+    }
+
     /// Wraps a connector.
     ///
     /// # Errors
+
     ///
     /// When the name is empty, longer than 100 bytes or has control characters.
     pub fn wrap<C>(self, connector: C) -> Result<Connector<C>, ConfigError> {
@@ -75,6 +90,7 @@ impl ConnectorBuilder {
             recorder: self.declaration.recorder,
             scope,
             below_tls: self.below_tls,
+            http2_streams: self.http2_streams,
             requests_seen: Arc::default(),
         };
         Ok(Connector {
@@ -118,6 +134,7 @@ struct Shared {
     recorder: Recorder,
     scope: Arc<Scope>,
     below_tls: bool,
+    http2_streams: bool,
     requests_seen: Arc<AtomicBool>,
 }
 
@@ -184,7 +201,7 @@ where
                     if connected.is_negotiated_h2() {
                         guard.connection().set_protocol(ProtocolVersion::Http2);
                     }
-                    Ok(TrackedIo::new(io, guard))
+                    Ok(TrackedIo::new(io, guard).with_streams(shared.http2_streams))
                 }
                 Err(error) => {
                     let error = error.into();

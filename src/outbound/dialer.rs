@@ -50,6 +50,8 @@ struct Options {
     send_buffer: Option<u32>,
     receive_buffer: Option<u32>,
     user_timeout: Option<Duration>,
+    #[cfg(feature = "hyper")]
+    http2_streams: bool,
     #[cfg(feature = "tls")]
     tls: Option<Arc<rustls::ClientConfig>>,
 }
@@ -68,6 +70,8 @@ impl DialerBuilder {
                 send_buffer: None,
                 receive_buffer: None,
                 user_timeout: None,
+                #[cfg(feature = "hyper")]
+                http2_streams: false,
                 #[cfg(feature = "tls")]
                 tls: None,
             },
@@ -86,7 +90,30 @@ impl DialerBuilder {
         self
     }
 
+    /// The client speaks HTTP/2 and shows its requests to nobody, as a tonic channel: they are read
+    /// from the frames that pass through, so that its connections are active or idle, and requests
+    /// are counted. A request runs until its response has ended, or its stream was reset. Default:
+    /// off. Not together with a [`RequestLayer`](crate::RequestLayer), which would count them again.
+    ///
+    /// It needs plaintext: this dialer's own TLS is below it, a channel's own TLS is above.
+    ///
+    /// ```no_run
+    /// # async fn run(conntrack: otel_conntrack::Conntrack) -> Result<(), Box<dyn std::error::Error>> {
+    /// let dialer = conntrack.dialer("inventory").http2_streams().build()?;
+    /// let channel = tonic::transport::Endpoint::from_static("http://inventory:50051")
+    ///     .connect_with_connector(dialer)
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[cfg(feature = "hyper")]
+    pub const fn http2_streams(mut self) -> Self {
+        self.options.http2_streams = true;
+        self
+    }
+
     /// Asks this resolver instead of the system's.
+
     pub fn resolver(mut self, resolver: impl Resolve) -> Self {
         self.options.resolver = Arc::new(resolver);
         self
@@ -230,6 +257,11 @@ pub struct Dialer {
 }
 
 impl Dialer {
+    #[cfg(feature = "hyper")]
+    pub(crate) const fn sees_streams(&self) -> bool {
+        self.options.http2_streams
+    }
+
     /// The same dialer for a telemetry exporter: nobody sees its connections.
     #[cfg(feature = "transport")]
     pub(crate) fn unseen(&self) -> Self {

@@ -71,7 +71,8 @@ impl Dialer {
         if io.negotiated_h2() {
             guard.connection().set_protocol(ProtocolVersion::Http2);
         }
-        Ok(TokioIo::new(TrackedIo::new(io, guard).over(HttpIo::tcp)))
+        let io = TrackedIo::new(io, guard).with_streams(self.sees_streams());
+        Ok(TokioIo::new(io.over(HttpIo::tcp)))
     }
 }
 
