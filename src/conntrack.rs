@@ -176,6 +176,7 @@ impl Conntrack {
 
     /// Every connection that is open or being set up, by id.
     pub fn connections(&self) -> Vec<ConnectionSnapshot> {
+        self.recorder.look();
         self.recorder
             .live()
             .iter()

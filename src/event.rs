@@ -28,5 +28,6 @@ pub use self::pool::{
     ActiveSnapshot, KeySnapshot, PoolEvent, PoolEventKind, PoolKey, PoolLimit, PoolSnapshot,
     RequestId, WaitOutcome,
 };
+pub(crate) use self::reason::reasons;
 pub use self::reason::{AcceptErrorReason, CloseReason, FailureReason, RejectReason};
 pub use self::tcp::{TcpInfo, TcpState};

@@ -94,6 +94,8 @@ mod builder;
 mod config;
 mod conntrack;
 pub mod event;
+#[cfg(feature = "reqwest")]
+mod host;
 #[cfg(feature = "net")]
 mod inbound;
 mod io;
@@ -138,6 +140,7 @@ pub use outbound::http_dialer::HttpIo;
 pub use outbound::name::DialName;
 #[cfg(feature = "net")]
 pub use outbound::resolve::{Resolve, Resolving, SystemResolver};
+pub use record::close_watch::{CloseWatchSource, CloseWatchStats};
 pub use record::handle::{ConnectionRecord, RequestGuard};
 pub use record::pool::{PoolHostStats, PoolLimits, PoolStats};
 pub use record::stats::{ConnectionSnapshot, Dropped, HostStats, ScopeStats, Stats};

@@ -79,7 +79,6 @@ impl ConnectorBuilder {
     /// Wraps a connector.
     ///
     /// # Errors
-
     ///
     /// When the name is empty, longer than 100 bytes or has control characters.
     pub fn wrap<C>(self, connector: C) -> Result<Connector<C>, ConfigError> {

@@ -113,7 +113,6 @@ impl DialerBuilder {
     }
 
     /// Asks this resolver instead of the system's.
-
     pub fn resolver(mut self, resolver: impl Resolve) -> Self {
         self.options.resolver = Arc::new(resolver);
         self

@@ -15,6 +15,7 @@ use crate::event::{
     TraceRef,
 };
 use crate::record::Connection;
+use crate::record::close_watch::CloseWatch;
 use crate::record::recorder::Recorder;
 use crate::record::stats::ConnectionSnapshot;
 use crate::record::timeline::Moment;
@@ -38,6 +39,12 @@ impl ConnectionGuard {
 
     pub(crate) const fn connection(&self) -> &Arc<Connection> {
         &self.connection
+    }
+
+    /// Its end is seen by this watch, which looks before each snapshot.
+    #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
+    pub(crate) fn watched_by<W: CloseWatch + 'static>(&self, watch: &Arc<W>) {
+        self.recorder.set_close_watch(watch);
     }
 
     #[expect(

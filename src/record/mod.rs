@@ -32,6 +32,7 @@
     allow(dead_code)
 )]
 
+pub(crate) mod close_watch;
 pub(crate) mod connection;
 pub(crate) mod handle;
 pub(crate) mod pool;

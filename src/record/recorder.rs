@@ -17,6 +17,7 @@ use crate::event::{
     FailureReason, IoLayer, RejectReason, Target,
 };
 use crate::observer::{Composed, Observer, shielded};
+use crate::record::close_watch::CloseWatch;
 use crate::record::connection::{Connection, Ends, Phase, PhaseKind};
 use crate::record::handle::ConnectionGuard;
 use crate::record::pool::{PoolSource, PoolStats, Pools, Waited};
@@ -61,6 +62,7 @@ struct Inner {
     history_size: usize,
     drops: Arc<Drops>,
     pools: Mutex<Pools>,
+    close_watch: OnceLock<Arc<dyn CloseWatch>>,
 }
 
 impl Recorder {
@@ -78,6 +80,7 @@ impl Recorder {
             history_size,
             drops,
             pools: Mutex::default(),
+            close_watch: OnceLock::new(),
         }))
     }
 
@@ -266,6 +269,19 @@ impl Recorder {
         lock(&self.0.pools).retire(stats, mishaps);
     }
 
+    /// Connections of ours are watched by it from now on; there is one.
+    #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
+    pub(crate) fn set_close_watch<W: CloseWatch + 'static>(&self, watch: &Arc<W>) {
+        self.0.close_watch.get_or_init(|| watch.clone());
+    }
+
+    /// Has ends found that nobody told of. With no lock held: it ends connections.
+    pub(crate) fn look(&self) {
+        if let Some(watch) = self.0.close_watch.get() {
+            watch.look();
+        }
+    }
+
     fn pools(&self) -> Vec<PoolStats> {
         let (live, gone) = {
             let pools = lock(&self.0.pools);
@@ -312,9 +328,11 @@ impl Recorder {
     // === snapshots ===
 
     pub(crate) fn stats(&self) -> Stats {
+        self.look();
         Stats {
             scopes: self.scopes().iter().map(|scope| scope.stats()).collect(),
             pools: self.pools(),
+            close_watch: self.0.close_watch.get().map(|watch| watch.stats()),
             dropped: self.dropped(),
         }
     }

@@ -10,6 +10,7 @@ use crate::event::{
     TraceRef,
 };
 use crate::record::Scope;
+use crate::record::close_watch::CloseWatchStats;
 use crate::record::pool::PoolStats;
 use crate::record::scope::{Counts, States};
 use crate::record::timeline::TimelineEntry;
@@ -112,6 +113,9 @@ pub struct Stats {
     pub scopes: Vec<ScopeStats>,
     /// The pools of transports, and the counts of those that are gone.
     pub pools: Vec<PoolStats>,
+    /// How the ends of a stock client's connections are seen; none while there was no such
+    /// connection.
+    pub close_watch: Option<CloseWatchStats>,
     /// What overflowed.
     pub dropped: Dropped,
 }

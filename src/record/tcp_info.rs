@@ -33,7 +33,7 @@ mod at {
 
 impl TcpInfo {
     /// From the bytes that the kernel gave.
-    fn parse(bytes: &[u8]) -> Option<Self> {
+    pub(crate) fn parse(bytes: &[u8]) -> Option<Self> {
         let four = |at| Some(u32::from_ne_bytes(*bytes.get(at..)?.first_chunk()?));
         let eight = |at| Some(u64::from_ne_bytes(*bytes.get(at..)?.first_chunk()?));
         let micros = |at| Some(Duration::from_micros(four(at)?.into()));

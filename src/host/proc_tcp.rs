@@ -1,0 +1,148 @@
+//! `/proc/net/tcp` and `/proc/net/tcp6`, where the kernel is not to be asked over netlink.
+//!
+//! They have no cookies, no scopes and no `TCP_INFO`. The kernel writes them a page at a time, and
+//! what changes between two pages may cost a line: one that is missing is no proof by itself.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, ErrorKind};
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use crate::host::{Key, Seen};
+
+const FILES: [&str; 2] = ["/proc/net/tcp", "/proc/net/tcp6"];
+
+/// A line has about 150 bytes; what is longer is no such file.
+const LONGEST: u64 = 1024;
+
+/// Every socket. The files' times to read grow with the sockets of the host.
+pub(crate) fn read(mut each: impl FnMut(&Seen)) -> io::Result<()> {
+    let mut found = false;
+    for file in FILES {
+        // A host without IPv6 has no second one.
+        match File::open(file) {
+            Ok(file) => read_file(BufReader::with_capacity(32 * 1024, file), &mut each)?,
+            Err(error) if error.kind() == ErrorKind::NotFound && found => {}
+            Err(error) => return Err(error),
+        }
+        found = true;
+    }
+    Ok(())
+}
+
+fn read_file(mut file: impl BufRead, each: &mut impl FnMut(&Seen)) -> io::Result<()> {
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        let length = io::Read::take(&mut file, LONGEST).read_until(b'\n', &mut line)?;
+        if length == 0 {
+            return Ok(());
+        }
+        if let Some(seen) = std::str::from_utf8(&line).ok().and_then(parse) {
+            each(&seen);
+        }
+    }
+}
+
+/// `sl local_address rem_address st tx:rx tr:when retrnsmt uid timeout inode ...`; none for the
+/// heading.
+fn parse(line: &str) -> Option<Seen> {
+    let mut fields = line.split_ascii_whitespace().skip(1);
+    let local = end(fields.next()?)?;
+    let peer = end(fields.next()?)?;
+    let state = u8::from_str_radix(fields.next()?, 16).ok()?;
+    let inode: u64 = fields.nth(5)?.parse().ok()?;
+    Some(Seen {
+        key: Key::new(local, peer, 0),
+        cookie: None,
+        state,
+        held: inode != 0,
+        tcp: None,
+    })
+}
+
+/// An address, word by word as the kernel has it in memory, and a port as people write it.
+fn end(text: &str) -> Option<(Ipv6Addr, u16)> {
+    let (address, port) = text.split_once(':')?;
+    let port = u16::from_str_radix(port, 16).ok()?;
+    let word = |at: usize| {
+        let word = u32::from_str_radix(address.get(at..at + 8)?, 16).ok()?;
+        Some(word.to_ne_bytes())
+    };
+    let ip = match address.len() {
+        8 => Ipv4Addr::from(word(0)?).to_ipv6_mapped(),
+        32 => {
+            let mut octets = [0; 16];
+            for (at, four) in octets.chunks_exact_mut(4).enumerate() {
+                four.copy_from_slice(&word(at * 8)?);
+            }
+            octets.into()
+        }
+        _ => return None,
+    };
+    Some((ip, port))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::Tuple;
+    use std::net::{TcpListener, TcpStream};
+
+    #[test]
+    #[cfg(target_endian = "little")]
+    fn a_line_is_read_field_by_field() {
+        let line = "   1: 0100007F:9EBB 0200A8C0:01BB 08 00000000:00000004 00:00000000 00000000     \
+                    0        0 54805 5 0000000017381f3e 100 0 0 10 0";
+        let tuple = Tuple {
+            local: "127.0.0.1:40635".parse().unwrap(),
+            peer: "192.168.0.2:443".parse().unwrap(),
+        };
+        let expected = Seen {
+            key: Key::from(&tuple),
+            cookie: None,
+            state: 8,
+            held: true,
+            tcp: None,
+        };
+        assert_eq!(parse(line), Some(expected));
+        let orphan = line.replace("54805", "0");
+        assert!(!parse(&orphan).unwrap().held);
+        for wrong in ["", "sl local_address", "1: 0100007F 0200A8C0:01BB 08"] {
+            assert_eq!(parse(wrong), None);
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_line_is_too_wild(line: String, bytes: Vec<u8>) {
+            parse(&line);
+            let near = format!("0: {line}:0 0:0 0 0 0 0 0 0 0");
+            parse(&near);
+            read_file(&bytes[..], &mut |_| {}).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_connection_of_ours_is_in_the_files_by_both_families() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let Ok(listener) = TcpListener::bind(address) else {
+                // A host without IPv6.
+                assert!(address.starts_with('['));
+                continue;
+            };
+            let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let key = Key::from(&Tuple {
+                local: stream.local_addr().unwrap(),
+                peer: stream.peer_addr().unwrap(),
+            });
+            let mut found = None;
+            read(|seen| {
+                if seen.key == key {
+                    found = Some(*seen);
+                }
+            })
+            .unwrap();
+            assert!(found.is_some_and(|seen| seen.held && seen.state == 1));
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! Questions to the kernel about its TCP sockets (sock_diag(7)), without privileges.
+//!
+//! The kernel answers while it is asked: the answer to a request is there when `send` returns, and
+//! each further part of a dump when the part before it is read. So nothing here waits, and what does
+//! not come at once is an error.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send, socket_with,
+};
+
+use crate::host::netlink::{Ask, Message, Messages, V4, V6};
+use crate::host::{Key, Seen};
+
+/// Every state; `FIN_WAIT1`, `FIN_WAIT2`, `LAST_ACK` and `CLOSING`: closed here, and the kernel still
+/// has to tell the peer.
+pub(crate) const ALL: u32 = u32::MAX;
+pub(crate) const CLOSING: u32 = 1 << 4 | 1 << 5 | 1 << 9 | 1 << 11;
+
+/// As long as the kernel makes one part of a dump.
+const PART: usize = 32 * 1024;
+
+pub(super) fn open() -> io::Result<OwnedFd> {
+    Ok(socket_with(
+        AddressFamily::NETLINK,
+        SocketType::RAW,
+        SocketFlags::CLOEXEC,
+        Some(netlink::SOCK_DIAG),
+    )?)
+}
+
+/// A socket for questions.
+#[derive(Debug)]
+pub(crate) struct Query {
+    socket: OwnedFd,
+    sequence: u32,
+}
+
+impl Query {
+    pub(crate) fn open() -> io::Result<Self> {
+        Ok(Self {
+            socket: open()?,
+            sequence: 0,
+        })
+    }
+
+    /// The socket with these ends. None is believable only from a kernel that has answered before:
+    /// one without the module for TCP says the same of every socket. A socket that is bound to a
+    /// device is not found but by a dump, unless its addresses are link-local.
+    ///
+    /// Two system calls, about 3 µs.
+    pub(crate) fn get(&mut self, key: &Key, info: bool) -> io::Result<Option<Seen>> {
+        self.ask(&Ask {
+            family: if key.is_v4() { V4 } else { V6 },
+            dump: false,
+            info,
+            states: ALL,
+            key: Some(key),
+        })?;
+        let mut buffer = [0; 1024];
+        loop {
+            let (length, _) = recv(&self.socket, &mut buffer[..], RecvFlags::DONTWAIT)?;
+            for message in Messages::new(&buffer[..length]) {
+                match message {
+                    Message::Socket(sequence, row) if sequence == self.sequence => {
+                        let seen = row.seen();
+                        // Where there is no such connection, the answer may be a listener.
+                        return Ok((seen.key == *key).then_some(seen));
+                    }
+                    Message::End(sequence, error) if sequence == self.sequence => {
+                        return if error == Errno::NOENT.raw_os_error() {
+                            Ok(None)
+                        } else {
+                            Err(io::Error::from_raw_os_error(error))
+                        };
+                    }
+                    // What was left of a question that failed.
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Every socket in these states. What changes meanwhile may be missed or come twice, and so may
+    /// its neighbours.
+    ///
+    /// The kernel walks its whole table, twice: a millisecond where it is empty and large.
+    pub(crate) fn dump(
+        &mut self,
+        states: u32,
+        info: bool,
+        mut each: impl FnMut(&Seen),
+    ) -> io::Result<()> {
+        let mut buffer = vec![0; PART];
+        for family in [V4, V6] {
+            self.ask(&Ask {
+                family,
+                dump: true,
+                info,
+                states,
+                key: None,
+            })?;
+            self.part(&mut buffer, &mut each)?;
+        }
+        Ok(())
+    }
+
+    fn part(&self, buffer: &mut [u8], each: &mut impl FnMut(&Seen)) -> io::Result<()> {
+        loop {
+            let (length, _) = recv(&self.socket, &mut *buffer, RecvFlags::DONTWAIT)?;
+            for message in Messages::new(&buffer[..length]) {
+                match message {
+                    Message::Socket(sequence, row) if sequence == self.sequence => {
+                        each(&row.seen());
+                    }
+                    Message::End(sequence, 0) if sequence == self.sequence => return Ok(()),
+                    Message::End(sequence, error) if sequence == self.sequence => {
+                        return Err(io::Error::from_raw_os_error(error));
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    fn ask(&mut self, ask: &Ask<'_>) -> io::Result<()> {
+        self.sequence = self.sequence.wrapping_add(1);
+        send(
+            &self.socket,
+            &ask.encode(self.sequence),
+            SendFlags::DONTWAIT,
+        )?;
+        Ok(())
+    }
+}

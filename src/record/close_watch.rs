@@ -1,0 +1,74 @@
+//! How the record learns of ends that no guard sees: of connections that cannot be wrapped.
+//!
+//! A source that watches for such ends hangs itself on the recorder as a [`CloseWatch`]. The record
+//! asks it to look before each snapshot, and for its own [`CloseWatchStats`].
+
+use std::fmt;
+
+use crate::event::reasons;
+
+/// Who watches for the ends of connections that cannot be wrapped.
+pub(crate) trait CloseWatch: Send + Sync {
+    /// Ends what is gone and was not seen to end. Called with no lock held; it ends connections, so
+    /// it calls sinks and observers.
+    fn look(&self);
+
+    fn stats(&self) -> CloseWatchStats;
+}
+
+reasons! {
+    /// Where the ends of connections come from that cannot be wrapped, as those of a stock client,
+    /// and so how exact they are.
+    CloseWatchSource {
+        /// The kernel's notices (Linux): each end is known within milliseconds, whoever asks, with
+        /// the last [`TcpInfo`](crate::TcpInfo). An end that the peer never acknowledges is known when
+        /// the kernel gives up, or at the first [`Conntrack::stats`](crate::Conntrack::stats) from a
+        /// second on after it.
+        Kernel => "kernel",
+        /// The kernel's table, read at each [`Conntrack::stats`](crate::Conntrack::stats),
+        /// [`Conntrack::connections`](crate::Conntrack::connections) and collection of metrics
+        /// (Linux, where notices don't come): an end is known from then on, and has that time. To read
+        /// takes at most a tenth of the time; in between, what was read last holds.
+        Table => "table",
+        /// Only addresses that are used again (other systems, and where nothing is to be asked): an
+        /// end is known when a new connection has the same two ends. Open connections are at most as
+        /// many as are said.
+        Reuse => "reuse",
+    }
+}
+
+/// How the ends of connections are seen that cannot be wrapped: those of a stock client.
+///
+/// One watch serves the process, so these are the numbers of all [`Conntrack`](crate::Conntrack)s
+/// together. All but `source` and `watched` only grow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct CloseWatchStats {
+    /// What is in use now. It is [`Kernel`](CloseWatchSource::Kernel) once a notice of a socket of our
+    /// own has come, some milliseconds after the first connection.
+    pub source: CloseWatchSource,
+    /// Connections that are watched now.
+    pub watched: u64,
+    /// Notices that were heard of connections that are watched.
+    pub notices: u64,
+    /// Notices that were heard of other sockets: every one on this host, or in this container.
+    pub foreign_notices: u64,
+    /// Notices that could not be read.
+    pub malformed_notices: u64,
+    /// How often the kernel had no room for notices. What was lost is found by a resync.
+    pub overflows: u64,
+    /// How often everything that is watched was looked up, since notices were lost.
+    pub resyncs: u64,
+    /// How often the kernel's table was read for a snapshot.
+    pub checks: u64,
+    /// Ends that a notice told.
+    pub ended_by_notice: u64,
+    /// Ends that a check found or a resync did.
+    pub ended_by_check: u64,
+    /// Ends that are known because both addresses were used again.
+    pub ended_by_reuse: u64,
+    /// Connections that are not watched, since 100 000 are already; they count as closed, with the
+    /// reason [`Untracked`](crate::CloseReason::Untracked).
+    pub untracked: u64,
+}

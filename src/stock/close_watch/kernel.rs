@@ -1,0 +1,272 @@
+//! What the kernel is asked on behalf of the watch, and how far it is believed.
+//!
+//! Nothing is believed that was not seen to work in this process: notices count once one of our own
+//! sockets was told of, a table once it showed a connection of ours. (Without the kernel's module for
+//! TCP, listening succeeds and stays silent, and every question is answered by *no such socket*; a
+//! sandbox may have an empty `/proc/net/tcp`.)
+//!
+//! Locks: the listener's, the query's and the pace are never held together, and none of them while a
+//! connection is ended. The query's is held over one question, the pace over one check; a second
+//! check at the same time goes without. None is held while the table's are taken, but the
+//! listener's while the table's length is read, which takes none.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, TryLockError};
+use std::time::{Duration, Instant};
+
+use super::check::{self, Depth};
+use super::listen;
+use super::table::Identity;
+use super::{By, Watch, count};
+use crate::host::notices::Notices;
+use crate::host::sock_diag::Query;
+use crate::host::{Key, Seen, proc_tcp};
+use crate::record::close_watch::CloseWatchSource;
+use crate::record::lock;
+
+/// When to try again to listen, after a failure (no descriptor or memory left).
+const RETRY: Duration = Duration::from_secs(60);
+
+/// How often `/proc` may be read for a new connection, to see whether it shows it.
+const TRIALS: u8 = 3;
+
+/// Of the time at most one part in this many goes to checks, and one to resyncs.
+pub(super) const SHARE: u32 = 10;
+
+/// With notices, what a check can find has no haste.
+const ORPHANS: Duration = Duration::from_secs(1);
+
+pub(super) struct Options {
+    /// What may be used.
+    pub(super) notices: bool,
+    pub(super) query: bool,
+    pub(super) proc: bool,
+    /// Bytes of notices that may wait in the kernel.
+    pub(super) receive_buffer: usize,
+    /// The listener leaves when nothing was watched for this long.
+    pub(super) idle: Duration,
+    /// How long the first notice may take.
+    pub(super) proof: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            notices: true,
+            query: true,
+            proc: true,
+            // The kernel gives what its net.core.rmem_max allows, and takes it as it is needed.
+            receive_buffer: 4 << 20,
+            idle: Duration::from_secs(10),
+            proof: Duration::from_secs(5),
+        }
+    }
+}
+
+pub(super) struct Kernel {
+    pub(super) options: Options,
+    listener: Mutex<Listener>,
+    hears: AtomicBool,
+    query: Mutex<Option<Query>>,
+    query_believed: AtomicBool,
+    proc_believed: AtomicBool,
+    proc_trials: AtomicU8,
+    next_check: Mutex<Option<Instant>>,
+}
+
+#[derive(Default)]
+enum Listener {
+    #[default]
+    Away,
+    Listens,
+    /// It could not be had, and may be tried again.
+    Failed(Instant),
+    /// Notices do not come here.
+    GivenUp,
+}
+
+impl Kernel {
+    pub(super) fn new(options: Options) -> Self {
+        Self {
+            options,
+            listener: Mutex::default(),
+            hears: AtomicBool::new(false),
+            query: Mutex::default(),
+            query_believed: AtomicBool::new(false),
+            proc_believed: AtomicBool::new(false),
+            proc_trials: AtomicU8::new(0),
+            next_check: Mutex::default(),
+        }
+    }
+
+    /// A connection is about to be watched: listens from now on, and asks for its cookie.
+    pub(super) fn begin(&self, watch: &Arc<Watch>, key: &Key) -> Option<Identity> {
+        if self.options.notices {
+            self.listen(watch);
+        }
+        let identity = self.identify(key);
+        if !self.hears() && !self.query_believed.load(Relaxed) {
+            self.try_proc(key);
+        }
+        identity
+    }
+
+    pub(super) fn source(&self) -> CloseWatchSource {
+        if self.hears() {
+            CloseWatchSource::Kernel
+        } else if self.query_believed.load(Relaxed) || self.proc_believed.load(Relaxed) {
+            CloseWatchSource::Table
+        } else {
+            CloseWatchSource::Reuse
+        }
+    }
+
+    // === notices ===
+
+    pub(super) fn hears(&self) -> bool {
+        self.hears.load(Relaxed)
+    }
+
+    fn listen(&self, watch: &Arc<Watch>) {
+        let mut listener = lock(&self.listener);
+        let behind = match *listener {
+            Listener::Listens | Listener::GivenUp => return,
+            Listener::Away => false,
+            Listener::Failed(at) if at.elapsed() < RETRY => return,
+            Listener::Failed(_) => true,
+        };
+        let spawn = |notices| {
+            let watch = watch.clone();
+            std::thread::Builder::new()
+                .name("conntrack-close".to_owned())
+                .spawn(move || listen::run(&watch, notices, behind))
+        };
+        *listener = match Notices::open(self.options.receive_buffer).and_then(spawn) {
+            Ok(_) => Listener::Listens,
+            Err(_) => {
+                self.hears.store(false, Relaxed);
+                Listener::Failed(Instant::now())
+            }
+        };
+    }
+
+    /// Called by the listener: one of our own sockets was told of.
+    pub(super) fn proven(&self) {
+        self.hears.store(true, Relaxed);
+    }
+
+    /// Called by the listener: nothing comes here.
+    pub(super) fn give_up(&self) {
+        let mut listener = lock(&self.listener);
+        self.hears.store(false, Relaxed);
+        *listener = Listener::GivenUp;
+    }
+
+    /// Called by the listener: it can't hear any more.
+    pub(super) fn failed(&self) {
+        let mut listener = lock(&self.listener);
+        self.hears.store(false, Relaxed);
+        *listener = Listener::Failed(Instant::now());
+    }
+
+    /// Called by the listener: whether it may leave, for nothing is watched. Who watches from now on
+    /// calls a new one.
+    pub(super) fn leave(&self, watch: &Watch) -> bool {
+        let mut listener = lock(&self.listener);
+        // A place is reserved before the listener is looked for: see `Watch::watch`.
+        let leaves = watch.table.len() == 0;
+        if leaves {
+            *listener = Listener::Away;
+        }
+        drop(listener);
+        if leaves {
+            *lock(&self.query) = None;
+        }
+        leaves
+    }
+
+    #[cfg(test)]
+    pub(super) fn listens(&self) -> bool {
+        matches!(*lock(&self.listener), Listener::Listens)
+    }
+
+    // === questions ===
+
+    fn identify(&self, key: &Key) -> Option<Identity> {
+        let seen = self.get(key, false)??;
+        // One that nobody holds is not the one that our caller holds.
+        if seen.is_closed() {
+            return None;
+        }
+        self.query_believed.store(true, Relaxed);
+        Identity::cookie(seen.cookie?)
+    }
+
+    /// The socket with these ends; none if it can't be asked for.
+    pub(super) fn get(&self, key: &Key, info: bool) -> Option<Option<Seen>> {
+        if !self.options.query {
+            return None;
+        }
+        let mut query = lock(&self.query);
+        if query.is_none() {
+            *query = Query::open().ok();
+        }
+        let answer = query.as_mut()?.get(key, info);
+        if answer.is_err() {
+            // Whatever it was, a new socket knows nothing of it.
+            *query = None;
+        }
+        answer.ok()
+    }
+
+    pub(super) fn believes_query(&self) -> bool {
+        self.query_believed.load(Relaxed)
+    }
+
+    // === /proc ===
+
+    fn try_proc(&self, key: &Key) {
+        let tries = self.options.proc && !self.proc_believed.load(Relaxed);
+        if tries && self.proc_trials.fetch_add(1, Relaxed) < TRIALS {
+            let key = key.unscoped();
+            let mut shown = false;
+            let _ = proc_tcp::read(|seen| shown |= seen.key == key && !seen.is_closed());
+            if shown {
+                self.proc_believed.store(true, Relaxed);
+            }
+        }
+    }
+
+    pub(super) fn believes_proc(&self) -> bool {
+        self.proc_believed.load(Relaxed)
+    }
+
+    // === checks ===
+
+    /// Ends what the table shows to be gone, unless that was done just now.
+    pub(super) fn look(&self, watch: &Watch) {
+        if watch.table.len() == 0 {
+            return;
+        }
+        let mut next = match self.next_check.try_lock() {
+            Ok(next) => next,
+            Err(TryLockError::Poisoned(next)) => next.into_inner(),
+            Err(TryLockError::WouldBlock) => return,
+        };
+        let begun = Instant::now();
+        if next.is_some_and(|next| begun < next) {
+            return;
+        }
+        let (depth, pause) = if self.hears() {
+            (Depth::Orphans, ORPHANS)
+        } else {
+            (Depth::All, Duration::ZERO)
+        };
+        let ended = check::ended(self, &watch.table, depth);
+        let took = begun.elapsed();
+        *next = Some(begun + took + pause.max(took * (SHARE - 1)));
+        drop(next);
+        count(&watch.counts.checks);
+        watch.end_all(ended, By::Check);
+    }
+}

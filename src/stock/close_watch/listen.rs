@@ -1,0 +1,154 @@
+//! The listener: the one thread that hears the kernel's notices.
+//!
+//! It blocks in the kernel without a time limit while something is watched and nothing is amiss.
+//! Only three things make it look at the clock: the proof that notices come at all, an overflow, and
+//! an empty table.
+
+use std::time::{Duration, Instant};
+
+use super::check::{self, Depth};
+use super::kernel::SHARE;
+use super::{By, Watch, count};
+use crate::host::notices::{self, Datagram, Heard, Notices};
+
+/// How long to wait for the next notice where something else is to be done too.
+const TICK: Duration = Duration::from_millis(10);
+
+/// Hears until nothing was watched for a while. `behind`: ends may have come before the notices.
+pub(super) fn run(watch: &Watch, mut notices: Notices, behind: bool) {
+    let mut ear = Ear {
+        watch,
+        proof: Some(Proof {
+            cookie: notices::provoke().ok(),
+            by: Instant::now() + watch.kernel.options.proof,
+        }),
+        resync: behind.then_some(0),
+        resync_from: Instant::now(),
+        empty_since: None,
+    };
+    let capacity = notices.capacity();
+    loop {
+        let within = ear.within();
+        match notices.hear(within) {
+            Ok(Heard::Notices(datagram)) => ear.take(&datagram),
+            Ok(Heard::Nothing) => ear.drained(),
+            Ok(Heard::Overflow) => ear.overflow(capacity),
+            Err(_) => return watch.kernel.failed(),
+        }
+        // What follows needs the clock, so it is asked only for a reason.
+        if within.is_none() && ear.within().is_none() {
+            continue;
+        }
+        let now = Instant::now();
+        if let Some(proof) = ear.proof.take_if(|proof| now >= proof.by) {
+            return match proof.cookie {
+                Some(_) => watch.kernel.give_up(),
+                None => watch.kernel.failed(),
+            };
+        }
+        ear.resync(now);
+        if ear.was_empty(now) && watch.kernel.leave(watch) {
+            return;
+        }
+    }
+}
+
+struct Ear<'a> {
+    watch: &'a Watch,
+    /// None once it was had.
+    proof: Option<Proof>,
+    /// Notices were lost. Those that came before are still to be read: as many at most.
+    resync: Option<usize>,
+    /// Not before.
+    resync_from: Instant,
+    empty_since: Option<Instant>,
+}
+
+/// The notice of a socket of our own.
+struct Proof {
+    /// None where not even that socket could be had.
+    cookie: Option<u64>,
+    by: Instant,
+}
+
+impl Ear<'_> {
+    fn within(&self) -> Option<Duration> {
+        if self.proof.is_some() || self.resync.is_some() {
+            Some(TICK)
+        } else if self.watch.table.len() == 0 {
+            Some(self.watch.kernel.options.idle)
+        } else {
+            None
+        }
+    }
+
+    fn take(&mut self, datagram: &Datagram<'_>) {
+        let (table, counts) = (&self.watch.table, &self.watch.counts);
+        if let Some(left) = &mut self.resync {
+            *left = left.saturating_sub(1);
+        }
+        for notice in datagram.notices() {
+            let Some(notice) = notice else {
+                count(&counts.malformed);
+                continue;
+            };
+            let cookie = notice.cookie();
+            let mut ended = table.take_cookie(cookie);
+            if ended.is_empty() && table.without_cookie() > 0 {
+                ended = table.take_without_cookie(&notice.key());
+            }
+            if !ended.is_empty() {
+                self.empty_since = None;
+                count(&counts.notices);
+                self.watch.end(ended, By::Notice, notice.tcp());
+            } else if self.proof.take_if(|proof| proof.cookie == Some(cookie)).is_some() {
+                self.watch.kernel.proven();
+            } else {
+                count(&counts.foreign);
+            }
+        }
+    }
+
+    fn overflow(&mut self, capacity: usize) {
+        count(&self.watch.counts.overflows);
+        // Nothing more is queued until the queue is empty, so that is what there is to read.
+        self.resync = Some(capacity);
+        self.prove_again();
+    }
+
+    fn drained(&mut self) {
+        if let Some(left) = &mut self.resync {
+            *left = 0;
+        }
+    }
+
+    /// The notice that would have been the proof may be among the lost.
+    fn prove_again(&mut self) {
+        if let Some(proof) = &mut self.proof {
+            proof.cookie = notices::provoke().ok();
+        }
+    }
+
+    /// Looks everything up, once all is read that came before notices were lost: whatever those told
+    /// is in the kernel's table by then.
+    fn resync(&mut self, now: Instant) {
+        if self.resync != Some(0) || self.proof.is_some() || now < self.resync_from {
+            return;
+        }
+        self.resync = None;
+        let ended = check::ended(&self.watch.kernel, &self.watch.table, Depth::All);
+        count(&self.watch.counts.resyncs);
+        self.resync_from = now + now.elapsed() * SHARE;
+        self.watch.end_all(ended, By::Check);
+    }
+
+    /// Whether nothing has been watched for as long as a listener stays.
+    fn was_empty(&mut self, now: Instant) -> bool {
+        if self.watch.table.len() > 0 {
+            self.empty_since = None;
+            return false;
+        }
+        let since = *self.empty_since.get_or_insert(now);
+        now.duration_since(since) >= self.watch.kernel.options.idle
+    }
+}
