@@ -30,6 +30,9 @@ reasons! {
         DeliveredNew => "delivered_new",
         /// The dial that it waited for failed.
         DialFailed => "dial_failed",
+        /// Stock pools only: its own dial was done or failed, or the request was given up. hyper-util says
+        /// the same of all three.
+        OwnDialOrCancelled => "own_dial_or_cancelled",
         /// The pool was shut down.
         PoolClosed => "pool_closed",
         /// A stream on an HTTP/2 connection that serves others too.

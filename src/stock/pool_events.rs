@@ -69,6 +69,7 @@ mod layer;
 mod machine;
 mod message;
 mod published;
+mod request_watch;
 
 use std::cell::OnceCell;
 use std::collections::{HashMap, HashSet};
@@ -88,6 +89,9 @@ pub use self::machine::{
 use self::machine::{Input, Machine, ROWS};
 pub use self::message::{Key, KeyRef, PoolMessage, TARGET, parse};
 use self::published::Published;
+#[cfg(feature = "reqwest")]
+#[allow(unused_imports)] // until its caller lands
+pub(crate) use self::request_watch::{RequestWatch, WaitEnd};
 
 /// Where the events go.
 pub trait PoolEventSink: Send + Sync + 'static {
@@ -279,6 +283,7 @@ impl Shared {
         }
         let stepped = Stepped {
             refused: machine.refused(),
+            at: clock.get().copied(),
         };
         drop(machine);
         if wake {
@@ -296,7 +301,10 @@ impl Shared {
 }
 
 struct Stepped {
+    /// Requests that were refused a dial so far.
     refused: u64,
+    /// When it was, if anybody asked for the time.
+    at: Option<Instant>,
 }
 
 impl Keys {

@@ -9,6 +9,7 @@ use std::fmt::{self, Write as _};
 use std::hash::{Hash, Hasher};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use tracing::callsite::Identifier;
 use tracing::field::{Field, Visit};
@@ -21,6 +22,7 @@ use tracing_subscriber::registry::LookupSpan;
 
 use super::machine::Input;
 use super::message::{self, KNOWN, KeyRef, PoolMessage, TARGET};
+use super::request_watch::Watching;
 use super::{KeyCell, Shared, Stepped};
 
 /// The layer with its filter, from [`PoolEvents::layer`](super::PoolEvents::layer).
@@ -97,6 +99,8 @@ struct Here {
     blocking_reqwest: Cell<Option<bool>>,
     /// Per layer, mostly one. Empty unless a checkout is under way.
     open: RefCell<Vec<Open>>,
+    /// The request whose future runs, if anybody watches it.
+    watch: RefCell<Option<Watching>>,
 }
 
 /// Whom the thread's last message was about, as it was spelt there.
@@ -132,6 +136,14 @@ thread_local! {
 pub fn ignore_this_thread() {
     // At a thread's end there is nothing to leave out any more.
     let _ = HERE.try_with(|here| here.ignored.set(true));
+}
+
+/// Puts the watch of the request whose future runs on this thread; the one before comes back. At a
+/// thread's end nobody is watched any more.
+pub(super) fn put_watch(watch: Option<Watching>) -> Option<Watching> {
+    HERE.try_with(|here| here.watch.replace(watch))
+        .ok()
+        .flatten()
 }
 
 impl Here {
@@ -246,6 +258,10 @@ impl Shared {
                 at_once,
             },
         );
+        if let Some(watch) = &mut *here.watch.borrow_mut() {
+            let at = || stepped.at.unwrap_or_else(Instant::now);
+            watch.told(self.id, cell, message, from_list, at);
+        }
         match message {
             PoolMessage::Take { .. } => here.open(self.id, cell.clone(), Step::Take),
             // Closed and expired ones are thrown out while it looks.
@@ -254,7 +270,7 @@ impl Shared {
             }
             // Over TLS a refusal can come at any time, for any request: after a handshake.
             PoolMessage::CheckoutWaiting if cell.key.scheme() == "http" => {
-                let Stepped { refused } = stepped;
+                let Stepped { refused, .. } = stepped;
                 here.open(self.id, cell.clone(), Step::Wait { refused });
             }
             _ => {}
