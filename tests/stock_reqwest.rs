@@ -9,6 +9,8 @@
 
 mod support;
 
+#[path = "stock_reqwest/closes.rs"]
+mod closes;
 #[path = "stock_reqwest/requests.rs"]
 mod requests;
 #[path = "stock_reqwest/set_up.rs"]

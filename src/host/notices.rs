@@ -131,9 +131,8 @@ impl Notice<'_> {
 
 /// Has a socket destroyed, which costs no connection; gives back the cookie that its notice has.
 pub(crate) fn provoke() -> io::Result<u64> {
-    let socket = |family| {
-        rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)
-    };
+    let socket =
+        |family| rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None);
     let socket = socket(AddressFamily::INET).or_else(|_| socket(AddressFamily::INET6))?;
     Ok(socket_cookie(&socket)?)
 }

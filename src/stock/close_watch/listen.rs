@@ -101,7 +101,11 @@ impl Ear<'_> {
                 self.empty_since = None;
                 count(&counts.notices);
                 self.watch.end(ended, By::Notice, notice.tcp());
-            } else if self.proof.take_if(|proof| proof.cookie == Some(cookie)).is_some() {
+            } else if self
+                .proof
+                .take_if(|proof| proof.cookie == Some(cookie))
+                .is_some()
+            {
                 self.watch.kernel.proven();
             } else {
                 count(&counts.foreign);
