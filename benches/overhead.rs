@@ -24,9 +24,8 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty, Full};
@@ -36,11 +35,8 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::{CaptureConnection, HttpConnector, capture_connection};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
-use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::metrics::{InMemoryMetricExporter, PeriodicReader, SdkMeterProvider};
-use opentelemetry_sdk::trace::{
-    Sampler, SdkTracer, SdkTracerProvider, Span, SpanData, SpanProcessor,
-};
+use opentelemetry_sdk::trace::{Sampler, SdkTracer, SdkTracerProvider};
 use otel_conntrack::Conntrack;
 use otel_conntrack::opentelemetry::Context;
 use otel_conntrack::opentelemetry::context::FutureExt;
@@ -50,25 +46,9 @@ use tokio::runtime::Runtime;
 use tower::Service;
 use tower_layer::Layer;
 
-/// Drops spans when they end.
-#[derive(Debug, Default)]
-struct Sink(AtomicU64);
+mod support;
 
-impl SpanProcessor for Sink {
-    fn on_start(&self, _: &mut Span, _: &Context) {}
-
-    fn on_end(&self, _: SpanData) {
-        self.0.fetch_add(1, Relaxed);
-    }
-
-    fn force_flush(&self) -> OTelSdkResult {
-        Ok(())
-    }
-
-    fn shutdown_with_timeout(&self, _: Duration) -> OTelSdkResult {
-        Ok(())
-    }
-}
+use support::{Sink, median};
 
 /// One side of a comparison.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -114,7 +94,7 @@ struct Bench {
 impl Bench {
     fn new(runtime: Runtime, sampled: f64) -> Self {
         let tracers = SdkTracerProvider::builder()
-            .with_span_processor(Sink::default())
+            .with_span_processor(Sink)
             .with_sampler(Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(
                 sampled,
             ))))
@@ -303,17 +283,6 @@ impl<F: Future> Future for Captured<F> {
 }
 
 // === the figures ===
-
-/// Median, and the 95 % interval of the median, by order statistics.
-fn median(values: &mut [f64]) -> (f64, f64, f64) {
-    values.sort_by(f64::total_cmp);
-    let n = values.len();
-    // The ranks of a binomial(n, 1/2) interval; for 15 values, the 4th and the 12th.
-    let margin = (1.96 * (n as f64).sqrt() / 2.0).floor() as usize;
-    let low = (n / 2).saturating_sub(margin);
-    let high = (n / 2 + margin).min(n - 1);
-    (values[n / 2], values[low], values[high])
-}
 
 fn compare(name: &str, bench: &Bench, other: Side, load: Load, rounds: usize) {
     let (mut ratios, mut added) = (Vec::new(), Vec::new());
