@@ -21,6 +21,7 @@ macro_rules! reasons {
         impl $name {
             /// Every value, in a fixed order; the index in it is stable within one version.
             pub const ALL: &'static [Self] = &[$( Self::$variant, )+];
+            #[allow(dead_code)]
             pub(crate) const COUNT: usize = Self::ALL.len();
 
             /// The value as it stands in attributes and JSON.
