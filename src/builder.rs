@@ -14,6 +14,8 @@ use crate::conntrack::Conntrack;
 use crate::observer::{Composed, Observer};
 use crate::record::Recorder;
 use crate::record::stats::Drops;
+#[cfg(feature = "otel")]
+use crate::telemetry::{checkpoint::Clock, spans::SpanWriter};
 
 /// How many closed connections are remembered by default.
 const HISTORY: usize = 256;
@@ -28,6 +30,8 @@ const LONGEST_HISTORY: usize = 1_000_000;
 pub struct Builder {
     observers: Vec<Arc<dyn Observer>>,
     history: usize,
+    #[cfg(feature = "stock")]
+    pub(crate) stock: crate::stock::pool_events::PoolEventsConfig,
     #[cfg(feature = "otel")]
     pub(crate) telemetry: Telemetry,
     #[cfg(feature = "otlp")]
@@ -54,7 +58,7 @@ type MeterOf =
 pub(crate) struct Built {
     pub(crate) conntrack: Conntrack,
     #[cfg(feature = "otlp")]
-    pub(crate) spans: Option<Arc<crate::telemetry::spans::SpanWriter>>,
+    pub(crate) spans: Option<Arc<SpanWriter>>,
 }
 
 impl Builder {
@@ -62,6 +66,8 @@ impl Builder {
         Self {
             observers: Vec::new(),
             history: HISTORY,
+            #[cfg(feature = "stock")]
+            stock: Default::default(),
             #[cfg(feature = "otel")]
             telemetry: Telemetry {
                 tracer: None,
@@ -83,6 +89,16 @@ impl Builder {
     /// [`Conntrack::recently_closed`]. Default 256, about 1 KiB each; 0 for none, a million at most.
     pub const fn history(mut self, connections: usize) -> Self {
         self.history = connections;
+        self
+    }
+
+    /// Settings for the pools of stock clients, which
+    /// [`Conntrack::stock_pool_layer`] hears: name, bounds, what is left out. Default: the pool's name is
+    /// `stock`, and OTLP exporters are left out, by the endpoints in the standard `OTEL_*` variables,
+    /// those given to [`init`](Self::init), and `localhost:4318`.
+    #[cfg(feature = "stock")]
+    pub fn stock_pool(mut self, settings: crate::stock::pool_events::PoolEventsConfig) -> Self {
+        self.stock = settings;
         self
     }
 
@@ -163,10 +179,27 @@ impl Builder {
                 "at most 1000000 connections can be remembered; a channel observer sees them all",
             ));
         }
+        #[cfg(feature = "stock")]
+        self.stock.check()?;
         let recorder = Recorder::new(Composed::new(self.observers), self.history, drops);
+        #[cfg(feature = "stock")]
+        let stock = Arc::new(crate::conntrack::Stock {
+            config: self.stock,
+            pool: Default::default(),
+        });
         #[cfg(feature = "otel")]
         {
-            self.telemetry.attach(recorder)
+            let attached = self.telemetry.attach(&recorder)?;
+            Ok(Built {
+                conntrack: Conntrack {
+                    recorder,
+                    _keep: Arc::new(attached.clock),
+                    #[cfg(feature = "stock")]
+                    stock,
+                },
+                #[cfg(feature = "otlp")]
+                spans: attached.spans,
+            })
         }
         #[cfg(not(feature = "otel"))]
         {
@@ -174,20 +207,28 @@ impl Builder {
                 conntrack: Conntrack {
                     recorder,
                     _keep: Arc::new(()),
+                    #[cfg(feature = "stock")]
+                    stock,
                 },
             })
         }
     }
 }
 
+/// What hangs on the record, and has an end.
+#[cfg(feature = "otel")]
+struct Attached {
+    clock: Option<Clock>,
+    #[cfg(feature = "otlp")]
+    spans: Option<Arc<SpanWriter>>,
+}
+
 #[cfg(feature = "otel")]
 impl Telemetry {
     /// Hangs the sinks on the record.
-    fn attach(self, recorder: Recorder) -> Result<Built, ConfigError> {
+    fn attach(self, recorder: &Recorder) -> Result<Attached, ConfigError> {
         use crate::record::recorder::Sink;
-        use crate::telemetry::checkpoint::Clock;
         use crate::telemetry::metrics::{Histograms, observe};
-        use crate::telemetry::spans::SpanWriter;
 
         if let Some(interval) = self
             .checkpoint
@@ -214,8 +255,8 @@ impl Telemetry {
             sinks.push(spans.clone());
         }
         if !meters.is_empty() {
-            sinks.push(Arc::new(Histograms::new(&meters, &recorder)));
-            observe(&meters, &recorder);
+            sinks.push(Arc::new(Histograms::new(&meters, recorder)));
+            observe(&meters, recorder);
         }
         recorder.set_sinks(sinks);
 
@@ -233,11 +274,8 @@ impl Telemetry {
             }
             _ => None,
         };
-        Ok(Built {
-            conntrack: Conntrack {
-                recorder,
-                _keep: Arc::new(clock),
-            },
+        Ok(Attached {
+            clock,
             #[cfg(feature = "otlp")]
             spans,
         })

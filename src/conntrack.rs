@@ -26,6 +26,15 @@ pub struct Conntrack {
     pub(crate) recorder: Recorder,
     /// What the telemetry needs alive: the checkpoint clock. Its drop stops it.
     pub(crate) _keep: Arc<dyn std::any::Any + Send + Sync>,
+    #[cfg(feature = "stock")]
+    pub(crate) stock: Arc<Stock>,
+}
+
+/// The pools of stock clients: their settings, and what listens to them once somebody wants it.
+#[cfg(feature = "stock")]
+pub(crate) struct Stock {
+    pub(crate) config: crate::stock::pool_events::PoolEventsConfig,
+    pub(crate) pool: std::sync::OnceLock<Arc<crate::stock::pool::StockPool>>,
 }
 
 impl Conntrack {
@@ -77,6 +86,65 @@ impl Conntrack {
         name: &str,
     ) -> Result<crate::stock::ReqwestRequests, ConfigError> {
         crate::stock::ReqwestRequests::new(&self.recorder, name)
+    }
+
+    /// A `tracing` layer that hears the pools of unmodified reqwest and hyper-util clients, for a
+    /// subscriber of your own. [`Builder::init`] installs it, if
+    /// [`stock_pool_events`](Builder::stock_pool_events) says so.
+    ///
+    /// From then on these pools are one more pool, `stock`: its events go to the
+    /// [observers](crate::Observer), its counts are in [`stats`](Self::stats) and in the metrics.
+    /// [`stock::pool_events`](crate::stock::pool_events) says what is known of them and what it costs;
+    /// [`Builder::stock_pool`] has the settings. The connections of OTLP exporters are left out.
+    ///
+    /// The layer has a filter of its own. A filter of the whole registry would silence the pools, so
+    /// give the application's own filter to its own layer:
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use otel_conntrack::{Conntrack, Hooks};
+    /// use tracing_subscriber::filter::LevelFilter;
+    /// use tracing_subscriber::{Layer, layer::SubscriberExt};
+    ///
+    /// let hooks = Hooks::new().on_idle_conn_out(|event| println!("{}: {:?}", event.key, event.kind));
+    /// let conntrack = Conntrack::builder().observer(hooks).build()?;
+    /// let subscriber = tracing_subscriber::registry()
+    ///     .with(conntrack.stock_pool_layer()?)
+    ///     .with(tracing_subscriber::fmt::layer().with_filter(LevelFilter::INFO));
+    /// # let _guard = tracing::subscriber::set_default(subscriber);
+    /// // ... and now any `reqwest::Client` ...
+    /// assert!(conntrack.stats().pool("stock").is_some());
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// When there is one already, of this `Conntrack` or a clone of it, that was not dropped: two would
+    /// count everything twice.
+    #[cfg(feature = "stock")]
+    pub fn stock_pool_layer<S>(
+        &self,
+    ) -> Result<crate::stock::pool_events::PoolEventsLayer<S>, ConfigError>
+    where
+        S: tracing::Subscriber + for<'a> tracing_subscriber::registry::LookupSpan<'a>,
+    {
+        let new = || crate::stock::pool::StockPool::new(&self.recorder, &self.stock.config);
+        self.stock.pool.get_or_init(new).layer().ok_or_else(|| {
+            ConfigError::new(
+                "stock_pool_layer",
+                "called again",
+                "one layer of this `Conntrack` lives already (`init()` may have installed it); a second \
+                 one would count everything twice",
+            )
+        })
+    }
+
+    /// What listens to the pools of stock clients; none if nobody asked for its layer.
+    #[cfg(feature = "stock")]
+    #[allow(dead_code)] // by features
+    pub(crate) fn stock_pool(&self) -> Option<&Arc<crate::stock::pool::StockPool>> {
+        self.stock.pool.get()
     }
 
     /// Has a dialer's name reported with zeros before its first use, for names that come with calls

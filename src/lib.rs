@@ -119,9 +119,10 @@ pub use conntrack::{Conntrack, TrackError};
 #[doc(no_inline)]
 pub use event::{
     AcceptErrorReason, ActiveSnapshot, CloseReason, ConnectionEvent, ConnectionEventKind,
-    ConnectionId, ConnectionState, Direction, Endpoint, Event, FailureReason, Initiator, IoLayer,
-    KeySnapshot, PoolEvent, PoolEventKind, PoolKey, PoolLimit, PoolSnapshot, ProtocolVersion,
-    RejectReason, RequestId, Target, TcpInfo, TcpState, TlsFacts, TraceRef, WaitOutcome,
+    ConnectionId, ConnectionState, Direction, Endpoint, Event, FailureReason, GaugeSource,
+    Initiator, IoLayer, KeySnapshot, PoolEvent, PoolEventKind, PoolKey, PoolLimit, PoolSnapshot,
+    ProtocolVersion, RejectReason, RequestId, Target, TcpInfo, TcpState, TlsFacts, TraceRef,
+    WaitOutcome,
 };
 #[cfg(feature = "net")]
 pub use inbound::listener::{Accept, Listener, ListenerBuilder, SocketOptions, WhenFull};

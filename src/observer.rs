@@ -42,6 +42,8 @@ pub trait Observer: Send + Sync + 'static {
     }
 
     /// Called for each event of a pool; must not block. It may call the pool. Default: nothing.
+    ///
+    /// Events of stock pools come on a thread of their own, a moment later.
     fn on_pool_event(&self, event: &PoolEvent) {
         let _ = event;
     }
@@ -201,6 +203,16 @@ hooks! {
     on_got_100_continue => Some("Got100Continue"),
     /// Called when the first byte of a response came; on HTTP/2, its head.
     on_got_first_response_byte => Some("GotFirstResponseByte"),
+    /// Called when a second HTTP/2 connection to a host was not kept. Stock pools only.
+    on_h2_conn_not_kept => Some("H2ConnNotKept"),
+    /// Called when a request shares an HTTP/2 connection of the list. Stock pools only.
+    on_h2_conn_shared => Some("H2ConnShared"),
+    /// Called when a request waits for another one's HTTP/2 dial. Stock pools only.
+    on_h2_dial_coalesced => Some("H2DialCoalesced"),
+    /// Called when a connection came back after its client was dropped. Stock pools only.
+    on_pool_gone => Some("PoolGone"),
+    /// Called when it became known what a key's connections speak. Stock pools only.
+    on_protocol_learned => Some("ProtocolLearned"),
 }
 
 fn call<E>(rows: &Rows<E>, name: &str, event: &E) {

@@ -9,6 +9,8 @@
 //!   well. One request can be in both; `waiting` counts requests.
 //! - A connection is **idle** while the pool holds it and no request has it. It is **active** while
 //!   at least one request has it.
+//!   A stock pool does not say which requests have its connections: there *idle* means in its list,
+//!   where HTTP/2 connections stay while requests run on them.
 //! - A **slot** is the right to have a connection under `max_conns_per_host`. It is taken before the
 //!   dial and free again when the socket is closed, upgraded ones included.
 
@@ -68,6 +70,21 @@ impl PoolLimit {
     }
 }
 
+reasons! {
+    /// How a gauge of a stock pool is known. Other pools count themselves, exactly.
+    GaugeSource {
+        /// Not much can be said: messages were missed, several hosts are folded into one, or HTTP/1 and
+        /// HTTP/2 are mixed.
+        Approximate => "approximate",
+        /// Exact if the connections are HTTP/1, which nothing has proved yet.
+        Assumed => "assumed",
+        /// Each step was said.
+        Observed => "observed",
+        /// It may be less: something left without a word.
+        UpperBound => "upper_bound",
+    }
+}
+
 /// A request's number within its pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
@@ -106,7 +123,8 @@ impl fmt::Display for PoolKey {
 /// Something happened in a pool.
 ///
 /// Events of one pool are delivered one after the other, in the order of
-/// [`sequence`](Self::sequence). A request's own hooks get those of its request.
+/// [`sequence`](Self::sequence); of a stock pool, those of one key. A request's own hooks get those of
+/// its request.
 #[derive(Clone, Debug)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
@@ -114,15 +132,19 @@ pub struct PoolEvent {
     /// When it happened.
     pub time: SystemTime,
     /// The pool's sequence number, from 1. [`PoolStats::sequence`](crate::PoolStats::sequence) names
-    /// the one it is valid for.
+    /// the one it is valid for. Of a stock pool, the key's:
+    /// [`PoolHostStats::sequence`](crate::PoolHostStats::sequence).
     pub sequence: u64,
+    /// No message said this as such: it follows from what was said, or had to be assumed. Of stock
+    /// pools only.
+    pub inferred: bool,
     /// The pool's name.
     pub pool: Arc<str>,
     /// Which connections it is about.
     pub key: Arc<PoolKey>,
-    /// The connection, where there is one.
+    /// The connection, where there is one. Stock pools don't say which.
     pub connection: Option<ConnectionId>,
-    /// The request, where there is one.
+    /// The request, where there is one. Stock pools don't say which.
     pub request: Option<RequestId>,
     /// The span that was current when the request was made.
     pub trace: Option<TraceRef>,
@@ -212,8 +234,8 @@ pub enum PoolEventKind {
     },
     /// `max_idle_conns_per_host` is reached: the connection that came back is closed.
     MaxIdleConnsPerHostHit {
-        /// The limit.
-        limit: usize,
+        /// The limit; a stock pool does not say it.
+        limit: Option<usize>,
         /// The pool at this moment; rate-limited, unlike the event.
         snapshot: Option<Arc<PoolSnapshot>>,
     },
@@ -237,6 +259,21 @@ pub enum PoolEventKind {
     Got100Continue,
     /// The first byte of the response came; on HTTP/2, its head.
     GotFirstResponseByte,
+    /// Stock pools only: a second HTTP/2 connection to the host was not kept.
+    H2ConnNotKept,
+    /// Stock pools only: a request got a stream on an HTTP/2 connection of the list, which stays there.
+    H2ConnShared,
+    /// Stock pools only: a request does not dial, because an HTTP/2 dial is under way.
+    H2DialCoalesced,
+    /// Stock pools only: a connection came back after its client was dropped, and is closed.
+    PoolGone,
+    /// Stock pools only: it became known what the key's connections speak. Not counted.
+    ProtocolLearned {
+        /// HTTP/1, all or some.
+        http1: bool,
+        /// HTTP/2, all or some.
+        http2: bool,
+    },
 }
 
 impl PoolEventKind {
@@ -262,6 +299,11 @@ impl PoolEventKind {
             Self::Got1xxResponse { .. } => "Got1xxResponse",
             Self::Got100Continue => "Got100Continue",
             Self::GotFirstResponseByte => "GotFirstResponseByte",
+            Self::H2ConnNotKept => "H2ConnNotKept",
+            Self::H2ConnShared => "H2ConnShared",
+            Self::H2DialCoalesced => "H2DialCoalesced",
+            Self::PoolGone => "PoolGone",
+            Self::ProtocolLearned { .. } => "ProtocolLearned",
         }
     }
 }

@@ -3,15 +3,17 @@
 //! The pool itself counts, in the same transitions that make its events; this room says what there
 //! is to count and keeps the pools' registry for the sinks.
 
+mod kind;
+
 use std::any::Any;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
-use crate::event::{CloseReason, FailureReason, PoolKey, PoolLimit, Target, TraceRef, WaitOutcome};
+pub(crate) use self::kind::{HighWater, PoolKind, StockHost, Unheard};
+use crate::event::{
+    CloseReason, FailureReason, GaugeSource, PoolKey, PoolLimit, Target, TraceRef, WaitOutcome,
+};
 use crate::record::Scope;
-
-/// High-water marks are maxima over windows of this length, whoever collects.
-const WINDOW: Duration = Duration::from_secs(60);
 
 /// A row of the vocabulary: an event, with its reason where it has one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,8 +26,9 @@ const SLOT_WAIT_OUT: usize = IDLE_WAIT_OUT + OUTCOMES + 1;
 const IDLE_OUT: usize = SLOT_WAIT_OUT + OUTCOMES + 4;
 const PUT: usize = IDLE_OUT + REASONS + 1;
 const HITS: usize = PUT + REASONS;
+const STOCK: usize = HITS + PoolLimit::COUNT;
 /// How many rows there are.
-pub(crate) const ROWS: usize = HITS + PoolLimit::COUNT + 1;
+pub(crate) const ROWS: usize = STOCK + Row::STOCK.len() + 1;
 
 impl Row {
     pub(crate) const GET_CONN: Self = Self(0);
@@ -38,8 +41,19 @@ impl Row {
     pub(crate) const CONN_REUSED: Self = Self((SLOT_WAIT_OUT + OUTCOMES + 2) as u8);
     const IDLE_OUT_REUSED: Self = Self((SLOT_WAIT_OUT + OUTCOMES + 3) as u8);
     const PUT_OK: Self = Self((IDLE_OUT + REASONS) as u8);
+    pub(crate) const H2_CONN_NOT_KEPT: Self = Self(STOCK as u8);
+    pub(crate) const H2_CONN_SHARED: Self = Self((STOCK + 1) as u8);
+    pub(crate) const H2_DIAL_COALESCED: Self = Self((STOCK + 2) as u8);
+    pub(crate) const POOL_GONE: Self = Self((STOCK + 3) as u8);
+    /// What only stock pools say.
+    const STOCK: [Self; 4] = [
+        Self::H2_CONN_NOT_KEPT,
+        Self::H2_CONN_SHARED,
+        Self::H2_DIAL_COALESCED,
+        Self::POOL_GONE,
+    ];
     /// What only hooks see; it has a sequence number like all others.
-    pub(crate) const HOOK: Self = Self((HITS + PoolLimit::COUNT) as u8);
+    pub(crate) const HOOK: Self = Self((STOCK + Self::STOCK.len()) as u8);
 
     pub(crate) const fn got_conn(reused: bool) -> Self {
         if reused {
@@ -105,6 +119,10 @@ impl Row {
                 "MaxIdleConnsPerHostHit",
                 None,
             ),
+            (Self::H2_CONN_NOT_KEPT, "H2ConnNotKept", None),
+            (Self::H2_CONN_SHARED, "H2ConnShared", None),
+            (Self::H2_DIAL_COALESCED, "H2DialCoalesced", None),
+            (Self::POOL_GONE, "PoolGone", None),
         ]
         .into_iter()
         .chain(outcomes().map(|o| (Self::idle_wait_out(o), "IdleConnWaitOut", Some(o.as_str()))))
@@ -132,9 +150,8 @@ pub(crate) struct HostCounts {
     pub(crate) waiting: u64,
     pub(crate) waiting_for_slot: u64,
     pub(crate) oldest_wait: Duration,
-    /// The window that runs, its maximum, and that of the one before.
-    window: u64,
-    most: [u64; 2],
+    pub(crate) most: HighWater,
+    pub(crate) stock: Option<StockHost>,
 }
 
 impl Default for HostCounts {
@@ -148,8 +165,8 @@ impl Default for HostCounts {
             waiting: 0,
             waiting_for_slot: 0,
             oldest_wait: Duration::ZERO,
-            window: 0,
-            most: [0; 2],
+            most: HighWater::default(),
+            stock: None,
         }
     }
 }
@@ -157,15 +174,9 @@ impl Default for HostCounts {
 impl HostCounts {
     /// One more or one less request waits; 0 lets time pass.
     pub(crate) fn waits(&mut self, step: i64, now: Duration) {
-        let window = now.as_secs() / WINDOW.as_secs();
-        match window - self.window.min(window) {
-            0 => {}
-            1 => self.most = [self.waiting, self.most[0]],
-            _ => self.most = [self.waiting; 2],
-        }
-        self.window = self.window.max(window);
+        let before = self.waiting;
         self.waiting = self.waiting.saturating_add_signed(step);
-        self.most[0] = self.most[0].max(self.waiting);
+        self.most.step(before, self.waiting, now);
     }
 
     /// Whether anything ever happened.
@@ -173,10 +184,8 @@ impl HostCounts {
         self.rows.iter().any(|n| *n > 0)
     }
 
-    /// The most that waited at a time, in this window or the one before: a peak is seen by whoever
-    /// collects at least once in a window.
     pub(crate) fn waiting_max(&self) -> u64 {
-        self.most[0].max(self.most[1])
+        self.most.max()
     }
 }
 
@@ -189,19 +198,25 @@ impl HostCounts {
 /// - `idle` is `IdleConnIn` less `IdleConnOut`,
 /// - `waiting` is `IdleConnWaitIn` less `IdleConnWaitOut`,
 /// - `in_use` is `GotConn` less `PutIdleConn`.
+///
+/// A stock pool, whose messages are heard
+/// ([`Conntrack::stock_pool_layer`](crate::Conntrack::stock_pool_layer)), does not say more than what
+/// its list and its queue hold, so there `active`, `dialing` and `in_use` are 0. Each of its hosts is
+/// consistent in itself and has [a sequence of its own](PoolHostStats::sequence).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct PoolStats {
     /// The pool's name.
     pub name: Arc<str>,
-    /// The last event's sequence number that is counted in here.
+    /// The last event's sequence number that is counted in here. Of a stock pool, whose hosts number
+    /// theirs, how many there were.
     pub sequence: u64,
     /// What it is held to.
     pub limits: PoolLimits,
     /// Connections that at least one request has.
     pub active: u64,
-    /// Connections that no request has.
+    /// Connections that no request has; of a stock pool, those in its list.
     pub idle: u64,
     /// Dials under way.
     pub dialing: u64,
@@ -217,6 +232,8 @@ pub struct PoolStats {
     pub hosts: Vec<PoolHostStats>,
     #[cfg_attr(feature = "serde", serde(skip))]
     pub(crate) metrics: bool,
+    #[cfg_attr(feature = "serde", serde(skip))]
+    pub(crate) kind: PoolKind,
 }
 
 /// A pool's limits; none is no limit.
@@ -243,8 +260,10 @@ pub struct PoolHostStats {
     pub target: Option<Target>,
     /// Connections that at least one request has.
     pub active: u64,
-    /// Connections that no request has.
+    /// Connections that no request has; of a stock pool, those in its list.
     pub idle: u64,
+    /// Of these, HTTP/2 connections of a stock pool: requests may run on them.
+    pub shared: u64,
     /// Dials under way.
     pub dialing: u64,
     /// Requests that have a connection.
@@ -255,10 +274,21 @@ pub struct PoolHostStats {
     pub waiting_for_slot: u64,
     /// The most that waited at a time, in this minute or the one before.
     pub waiting_max: u64,
-    /// How long the first in the queue has waited.
+    /// How long the first in the queue has waited. 0 for a stock pool, which does not say who it is.
     pub oldest_wait: Duration,
+    /// Of a stock pool, the last event of this host that is counted in here; none where the pool's own
+    /// sequence counts.
+    pub sequence: Option<u64>,
+    /// How [`idle`](Self::idle) and [`shared`](Self::shared) of a stock pool are known; none where the
+    /// pool counts itself.
+    pub idle_source: Option<GaugeSource>,
+    /// How [`waiting`](Self::waiting) and [`waiting_max`](Self::waiting_max) of a stock pool are known;
+    /// none where the pool counts itself.
+    pub waiting_source: Option<GaugeSource>,
     #[cfg_attr(feature = "serde", serde(skip))]
     rows: Vec<u64>,
+    #[cfg_attr(feature = "serde", serde(skip))]
+    kind: PoolKind,
 }
 
 impl PoolStats {
@@ -283,6 +313,7 @@ impl PoolStats {
             waiting_for_slot: 0,
             hosts: Vec::new(),
             metrics,
+            kind: PoolKind::Transport,
         };
         for (target, counts) in hosts {
             stats.active += counts.active;
@@ -295,22 +326,40 @@ impl PoolStats {
                 target,
                 active: counts.active,
                 idle: counts.idle,
+                shared: counts.stock.map_or(0, |stock| stock.shared),
                 dialing: counts.dialing,
                 in_use: counts.in_use,
                 waiting: counts.waiting,
                 waiting_for_slot: counts.waiting_for_slot,
                 waiting_max: counts.waiting_max(),
                 oldest_wait: counts.oldest_wait,
+                sequence: counts.stock.map(|stock| stock.sequence),
+                idle_source: counts.stock.map(|stock| stock.idle_source),
+                waiting_source: counts.stock.map(|stock| stock.waiting_source),
                 rows: counts.rows.to_vec(),
+                kind: PoolKind::Transport,
             });
         }
         stats
     }
 
-    /// Every event with every reason that it can have.
+    /// The same of another kind of pool.
+    #[cfg_attr(not(feature = "stock"), allow(dead_code))]
+    pub(crate) fn of_kind(mut self, kind: PoolKind) -> Self {
+        self.kind = kind;
+        for host in &mut self.hosts {
+            host.kind = kind;
+        }
+        self
+    }
+
+    /// Every event that this pool can have, with every reason.
     #[cfg_attr(not(feature = "otel"), allow(dead_code))]
-    pub(crate) fn rows() -> impl Iterator<Item = (&'static str, Option<&'static str>)> {
-        Row::all().map(|(_, event, reason)| (event, reason))
+    pub(crate) fn rows(&self) -> impl Iterator<Item = (&'static str, Option<&'static str>)> {
+        let kind = self.kind;
+        Row::all()
+            .filter(move |(row, ..)| kind.has(*row))
+            .map(|(_, event, reason)| (event, reason))
     }
 
     /// How often an event happened, such as `IdleConnIn`, over all hosts and reasons.
@@ -342,7 +391,7 @@ impl PoolStats {
         for host in &mut self.hosts {
             (host.active, host.idle, host.dialing) = (0, 0, 0);
             (host.in_use, host.waiting, host.waiting_for_slot) = (0, 0, 0);
-            host.waiting_max = 0;
+            (host.shared, host.waiting_max) = (0, 0);
             host.oldest_wait = Duration::ZERO;
         }
         self
@@ -350,11 +399,11 @@ impl PoolStats {
 }
 
 impl PoolHostStats {
-    /// Every event of this host: its name, its reason where it has one, how often.
+    /// Every event that this host can have: its name, its reason where it has one, how often.
     pub fn events(&self) -> impl Iterator<Item = (&'static str, Option<&'static str>, u64)> + '_ {
-        Row::all().map(|(row, event, reason)| {
+        Row::all().filter_map(|(row, event, reason)| {
             let n = self.rows.get(row.index()).copied().unwrap_or_default();
-            (event, reason, n)
+            (n > 0 || self.kind.has(row)).then_some((event, reason, n))
         })
     }
 }
@@ -447,6 +496,11 @@ pub(crate) trait PoolSource: Send + Sync {
 
     /// What the pool's own observers lost, and how often they panicked.
     fn mishaps(&self) -> [u64; 2];
+
+    /// What was not heard of it: of a stock pool only.
+    fn unheard(&self) -> Unheard {
+        Unheard::default()
+    }
 }
 
 /// The pools that there are, and the counts of those that were: a counter once reported is
@@ -457,6 +511,7 @@ pub(crate) struct Pools {
     gone: Vec<PoolStats>,
     /// Of those that are gone.
     mishaps: [u64; 2],
+    unheard: Unheard,
 }
 
 impl Pools {
@@ -470,7 +525,8 @@ impl Pools {
         self.mishaps[0] += mishaps[0];
         self.mishaps[1] += mishaps[1];
         let stats = stats.retired();
-        match self.gone.iter_mut().find(|gone| gone.name == stats.name) {
+        let same = |gone: &&mut PoolStats| gone.name == stats.name && gone.kind == stats.kind;
+        match self.gone.iter_mut().find(same) {
             // Many short-lived pools of one name must not fill the memory.
             Some(gone) => gone.merge(stats),
             None => self.gone.push(stats),
@@ -479,6 +535,15 @@ impl Pools {
 
     pub(crate) fn live(&self) -> Vec<Arc<dyn PoolSource>> {
         self.live.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    pub(crate) fn retire_unheard(&mut self, unheard: Unheard) {
+        self.unheard.events += unheard.events;
+        self.unheard.messages += unheard.messages;
+    }
+
+    pub(crate) const fn unheard(&self) -> Unheard {
+        self.unheard
     }
 
     pub(crate) const fn mishaps(&self) -> [u64; 2] {

@@ -20,7 +20,7 @@ use crate::observer::{Composed, Observer, shielded};
 use crate::record::close_watch::CloseWatch;
 use crate::record::connection::{Connection, Ends, Phase, PhaseKind};
 use crate::record::handle::ConnectionGuard;
-use crate::record::pool::{PoolSource, PoolStats, Pools, Waited};
+use crate::record::pool::{PoolSource, PoolStats, Pools, Unheard, Waited};
 use crate::record::stats::{ConnectionSnapshot, Dropped, Drops, Stats};
 use crate::record::{Scope, lock};
 
@@ -282,6 +282,18 @@ impl Recorder {
         }
     }
 
+    /// A stock pool is gone, of which this was not heard.
+    #[cfg_attr(not(feature = "stock"), allow(dead_code))]
+    pub(crate) fn retire_unheard(&self, unheard: Unheard) {
+        lock(&self.0.pools).retire_unheard(unheard);
+    }
+
+    /// Those who are told of events.
+    #[cfg_attr(not(feature = "stock"), allow(dead_code))]
+    pub(crate) fn observers(&self) -> &Composed {
+        &self.0.observers
+    }
+
     fn pools(&self) -> Vec<PoolStats> {
         let (live, gone) = {
             let pools = lock(&self.0.pools);
@@ -340,14 +352,19 @@ impl Recorder {
     pub(crate) fn dropped(&self) -> Dropped {
         let (live, gone) = {
             let pools = lock(&self.0.pools);
-            (pools.live(), pools.mishaps())
+            (pools.live(), (pools.mishaps(), pools.unheard()))
         };
         let mut mishaps = [self.0.observers.lost(), self.0.observers.panics()];
-        for more in live.iter().map(|pool| pool.mishaps()).chain([gone]) {
+        for more in live.iter().map(|pool| pool.mishaps()).chain([gone.0]) {
             mishaps[0] += more[0];
             mishaps[1] += more[1];
         }
-        self.0.drops.snapshot(mishaps[0], mishaps[1])
+        let mut dropped = self.0.drops.snapshot(mishaps[0], mishaps[1]);
+        for more in live.iter().map(|pool| pool.unheard()).chain([gone.1]) {
+            dropped.pool_events += more.events;
+            dropped.pool_messages += more.messages;
+        }
+        dropped
     }
 
     pub(crate) fn live(&self) -> Vec<Arc<Connection>> {

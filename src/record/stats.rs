@@ -45,6 +45,12 @@ pub struct Dropped {
     /// Steps of one set-up beyond 32 (a host with many addresses that all fail). They are told to
     /// observers, and missing in spans and histograms.
     pub phases: u64,
+    /// Events of stock pools that no observer saw, because one was too slow for too long. They are in
+    /// the counts.
+    pub pool_events: u64,
+    /// Messages of stock pools that were not understood: hyper-util changed, and what is said of its
+    /// pools may be wrong.
+    pub pool_messages: u64,
 }
 
 /// The atomics behind [`Dropped`]. Relaxed: plain counters that guard nothing.
@@ -97,6 +103,8 @@ impl Drops {
             sink_panics: load(&self.sink_panics),
             names: load(&self.names),
             phases: load(&self.phases),
+            pool_events: 0,
+            pool_messages: 0,
         }
     }
 }
@@ -111,7 +119,7 @@ impl Drops {
 pub struct Stats {
     /// By direction, then by name.
     pub scopes: Vec<ScopeStats>,
-    /// The pools of transports, and the counts of those that are gone.
+    /// The pools of transports and of stock clients, and the counts of those that are gone.
     pub pools: Vec<PoolStats>,
     /// How the ends of a stock client's connections are seen; none while there was no such
     /// connection.
@@ -131,7 +139,8 @@ impl Stats {
         self.scope(Direction::Outbound, name)
     }
 
-    /// The pool of a transport; the first that was made, if several have the name.
+    /// The pool of a transport, or of stock clients (`stock`); the first that was made, if several have
+    /// the name.
     pub fn pool(&self, name: &str) -> Option<&PoolStats> {
         self.pools.iter().find(|pool| *pool.name == *name)
     }

@@ -1,11 +1,13 @@
 //! Stock clients: what an unmodified reqwest or hyper-util client shows of itself.
 //!
 //! - [`pool_events`] hears its pool from the `tracing` events that hyper-util has.
+//! - `pool` carries that to observers, snapshots and metrics.
 //! - `reqwest` is the layer around reqwest's connector: set-up, addresses. `set_up` knows the steps of
 //!   a set-up, as told by `connect_events` (`tracing`) and `dns` (a resolver of the user's).
 //! - `close_watch` learns when connections end that cannot be wrapped.
 //! - `requests` tells which connection served a request, `held` until when.
 
+pub(crate) mod pool;
 pub mod pool_events;
 
 #[cfg(feature = "reqwest")]

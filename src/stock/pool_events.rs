@@ -6,6 +6,10 @@
 //! [`PoolEventSink`], and a [`snapshot`](PoolEvents::snapshot) of gauges and counts per scheme and
 //! authority.
 //!
+//! [`Conntrack::stock_pool_layer`](crate::Conntrack::stock_pool_layer) is this for the rest of the crate:
+//! the pools of all stock clients are then one pool, `stock`, beside those of transports. On its own,
+//! without a `Conntrack`:
+//!
 //! ```
 //! use std::sync::Arc;
 //! use otel_conntrack::stock::pool_events::{Key, PoolEventSink, PoolEvents, StockPoolEvent};
@@ -29,6 +33,38 @@
 //! # let _guard = tracing::subscriber::set_default(subscriber);
 //! assert!(pool_events.is_listening());
 //! ```
+//!
+//! # As `PoolEvent`s
+//!
+//! An observer gets each event with the pool's name and the key (scheme, host and port; no proxy), on a
+//! thread of its own and about a millisecond later, in the order of the key's own `sequence`. It has no
+//! connection, request or trace: nothing says them.
+//!
+//! | here ([`StockPoolEventKind`]) | [`PoolEventKind`](crate::PoolEventKind) |
+//! |---|---|
+//! | `ConnReused` | `ConnReused` |
+//! | `H2ConnNotKept`, `H2ConnShared`, `H2DialCoalesced`, `PoolGone` | the same; stock pools only |
+//! | `IdleConnIn { idle, .. }` | `IdleConnIn { idle }`: the list, HTTP/2 included |
+//! | `IdleConnOut`, `idle_timeout` or `peer_closed` | `IdleConnOut` with that reason |
+//! | `IdleConnOut`, `pool_closed` | `IdleConnOut`, `shutdown`, as a transport says it |
+//! | `IdleConnOut`, `reused` | `IdleConnOut` without a reason |
+//! | `IdleConnWaitIn` | `IdleConnWaitIn` |
+//! | `IdleConnWaitOut` | `IdleConnWaitOut`; the outcome `own_dial_or_cancelled` is stock pools' only |
+//! | `MaxIdleConnsPerHostHit` | `MaxIdleConnsPerHostHit` without limit and snapshot: neither is said |
+//! | `ProtocolLearned` | `ProtocolLearned`; numbered, not counted |
+//!
+//! [`PoolHostStats`](crate::PoolHostStats) of such a pool has `idle` (the list), `shared` (of these,
+//! HTTP/2), `waiting` and `waiting_max`. Its [`sequence`](crate::PoolHostStats::sequence) is the key's:
+//! the key's events up to it sum to these counts. What the queue lost is
+//! [`Dropped::pool_events`](crate::Dropped::pool_events). How each gauge is known stands beside it, and
+//! as `conntrack.source` in metrics:
+//!
+//! | `conntrack.source` | `idle` | `waiting` |
+//! |---|---|---|
+//! | `observed` | each step was said | the same |
+//! | `assumed` | HTTP/1 is not proved yet; otherwise observed | the same |
+//! | `upper_bound` | a client was dropped, its idle connections may be in it | HTTP/2: those whose shared dial failed may be in it |
+//! | `approximate` | messages were missed, hosts are folded, or HTTP/1 and HTTP/2 are mixed | the same |
 //!
 //! # What is known, and what is not
 //!
@@ -59,17 +95,31 @@
 //! refuse; `log` records of other crates at TRACE reach tracing too if `tracing-log` is set up after
 //! this. What the application's own layers print does not change.
 //!
+//! # Telemetry's own connections
+//!
+//! An exporter's client must not be tracked, or each export would be news to export. Left out are
+//!
+//! - what happens in a suppressed telemetry scope of OpenTelemetry (feature `otel`), on the thread that
+//!   speaks; an SDK's own threads are in one, a client's runtime mostly is not,
+//! - threads that called [`ignore_this_thread`], as those of `init()`'s exporters do,
+//! - authorities that were [excluded](PoolEventsConfig::exclude): by a `Conntrack` those of the standard
+//!   `OTEL_EXPORTER_OTLP_*ENDPOINT` variables, of `init()`'s endpoints, and `localhost:4318`. This is
+//!   what works for an exporter over a blocking reqwest client, whose pool speaks on reqwest's own
+//!   thread, and for one on a runtime that it shares with others.
+//!
 //! # Locks
 //!
 //! hyper-util's pool mutex, then a key's machine, then the queue; readers of snapshots take none of
 //! them (but for a key of which a client was dropped). Nothing foreign is called under ours.
 
+mod config;
 mod delivery;
 mod layer;
 mod machine;
 mod message;
 mod published;
 mod request_watch;
+mod snapshot;
 
 use std::cell::OnceCell;
 use std::collections::{HashMap, HashSet};
@@ -80,18 +130,22 @@ use std::time::{Duration, Instant, SystemTime};
 
 use tracing::level_filters::STATIC_MAX_LEVEL;
 use tracing::metadata::LevelFilter;
+use tracing_subscriber::registry::LookupSpan;
 
+pub use self::config::PoolEventsConfig;
 use self::delivery::{Delivery, Item, lock};
 pub use self::layer::{PoolEventsLayer, PoolFilter, PoolWatch, ignore_this_thread};
 pub use self::machine::{
     Certainty, IdleOutReason, StockPoolEventKind, StockProtocol, StockWaitOutcome,
 };
-use self::machine::{Input, Machine, ROWS};
+use self::machine::{Input, Machine};
 pub use self::message::{Key, KeyRef, PoolMessage, TARGET, parse};
 use self::published::Published;
 #[cfg(feature = "reqwest")]
 #[allow(unused_imports)] // until its caller lands
 pub(crate) use self::request_watch::{RequestWatch, WaitEnd};
+use self::snapshot::{HAS_SUSPECTS, WORDS, words};
+pub use self::snapshot::{PoolEventsSnapshot, StockKeySnapshot};
 
 /// Where the events go.
 pub trait PoolEventSink: Send + Sync + 'static {
@@ -115,61 +169,14 @@ pub struct StockPoolEvent {
     pub kind: StockPoolEventKind,
 }
 
-/// Settings of [`PoolEvents`].
-#[derive(Clone, Debug)]
-pub struct PoolEventsConfig {
-    max_keys: usize,
-    queue: usize,
-    blocking_reqwest: bool,
-}
-
-impl Default for PoolEventsConfig {
-    fn default() -> Self {
-        Self {
-            max_keys: 200,
-            queue: 2048,
-            blocking_reqwest: true,
-        }
-    }
-}
-
-impl PoolEventsConfig {
-    /// Keys that are told apart; the rest are one, `_other`. Default: 200.
-    #[must_use]
-    pub fn max_keys(mut self, max_keys: usize) -> Self {
-        self.max_keys = max_keys;
-        self
-    }
-
-    /// Events that wait for the sink at most; beyond that they are dropped and counted. The memory is
-    /// taken at once, twice 64 bytes each. Default: 2048.
-    #[must_use]
-    pub fn queue(mut self, events: usize) -> Self {
-        self.queue = events;
-        self
-    }
-
-    /// Whether to listen to reqwest's blocking clients at all, known by the name of their thread
-    /// (`reqwest-internal-sync-runtime`). Default: yes.
-    ///
-    /// The OTLP exporter over HTTP has such a client. [`PoolEvents::exclude`] leaves it out exactly;
-    /// this is for those who do not know its endpoint, and have no blocking client of their own.
-    #[must_use]
-    pub fn blocking_reqwest(mut self, listen: bool) -> Self {
-        self.blocking_reqwest = listen;
-        self
-    }
-}
-
 /// One key: its state, and the numbers that readers see.
 pub(crate) struct KeyCell {
     key: Key,
     excluded: AtomicBool,
     machine: Mutex<Machine>,
+    born: Instant,
     published: Published<WORDS>,
 }
-
-const WORDS: usize = 9 + ROWS;
 
 impl KeyCell {
     fn new(key: Key, machine: Machine) -> Arc<Self> {
@@ -177,24 +184,10 @@ impl KeyCell {
             key,
             excluded: AtomicBool::new(false),
             published: Published::new(words(&machine)),
+            born: machine.born,
             machine: Mutex::new(machine),
         })
     }
-}
-
-fn words(machine: &Machine) -> [u64; WORDS] {
-    let mut words = [0; WORDS];
-    words[0] = machine.sequence;
-    words[1] = u64::from(machine.idle);
-    words[2] = u64::from(machine.shared);
-    words[3] = u64::from(machine.waiting);
-    words[4] = u64::from(machine.handed);
-    words[5] = machine.protocol() as u64;
-    words[6] = machine.certainty() as u64;
-    words[7] = machine.unmatched;
-    words[8] = u64::from(machine.has_suspects());
-    words[9..].copy_from_slice(&machine.counts);
-    words
 }
 
 struct Keys {
@@ -210,14 +203,19 @@ pub(crate) struct Shared {
     config: PoolEventsConfig,
     keys: RwLock<Keys>,
     callsites: layer::Callsites,
-    delivery: Arc<Delivery>,
+    /// A layer is there that is not dropped yet.
+    layered: AtomicBool,
+    /// None if nobody wants the events: the counts are the same.
+    delivery: Option<Arc<Delivery>>,
     unknown: AtomicU64,
     pools_closed: AtomicU64,
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        self.delivery.stop();
+        if let Some(delivery) = &self.delivery {
+            delivery.stop();
+        }
     }
 }
 
@@ -270,13 +268,15 @@ impl Shared {
         let mut sequence = machine.sequence;
         machine.on(input, &now, &mut |kind: StockPoolEventKind, inferred| {
             sequence += 1;
-            wake |= self.delivery.push(Item {
-                cell: cell.clone(),
-                at: now(),
-                sequence,
-                inferred,
-                kind,
-            });
+            if let Some(delivery) = &self.delivery {
+                wake |= delivery.push(Item {
+                    cell: cell.clone(),
+                    at: now(),
+                    sequence,
+                    inferred,
+                    kind,
+                });
+            }
         });
         if machine.mark() != before {
             cell.published.store(&words(&machine));
@@ -286,8 +286,10 @@ impl Shared {
             at: clock.get().copied(),
         };
         drop(machine);
-        if wake {
-            self.delivery.wake();
+        if let Some(delivery) = &self.delivery
+            && wake
+        {
+            delivery.wake();
         }
         stepped
     }
@@ -330,8 +332,14 @@ impl PoolEvents {
 
     /// With settings.
     pub fn with_config(sink: Arc<dyn PoolEventSink>, config: PoolEventsConfig) -> Self {
+        Self::start(Some(sink), config)
+    }
+
+    /// Without a sink there is no thread and no queue; gauges and counts are kept.
+    pub(crate) fn start(sink: Option<Arc<dyn PoolEventSink>>, config: PoolEventsConfig) -> Self {
         static IDS: AtomicU64 = AtomicU64::new(1);
-        Self {
+        let config = config.bounded();
+        let pool_events = Self {
             shared: Arc::new(Shared {
                 id: IDS.fetch_add(1, Ordering::Relaxed),
                 keys: RwLock::new(Keys {
@@ -340,20 +348,35 @@ impl PoolEvents {
                     excluded: HashSet::new(),
                 }),
                 callsites: layer::Callsites::new(),
-                delivery: Delivery::start(sink, config.queue),
+                layered: AtomicBool::new(false),
+                delivery: sink.map(|sink| Delivery::start(sink, config.queue)),
                 unknown: AtomicU64::new(0),
                 pools_closed: AtomicU64::new(0),
                 config,
             }),
+        };
+        for authority in &pool_events.shared.config.excluded {
+            pool_events.exclude(authority);
         }
+        pool_events
     }
 
-    /// The layer, with its own filter. One per handle: a second one would count everything twice.
+    /// The layer, with its own filter. One per handle: a second one hears nothing while the first lives,
+    /// since it would count everything twice.
     pub fn layer<S>(&self) -> PoolEventsLayer<S>
     where
-        S: tracing::Subscriber + for<'a> tracing_subscriber::registry::LookupSpan<'a>,
+        S: tracing::Subscriber + for<'a> LookupSpan<'a>,
     {
-        layer::filtered(self.shared.clone())
+        layer::filtered(self.shared.clone(), None)
+    }
+
+    /// The layer, which keeps this alive; none if one lives already.
+    pub(crate) fn only_layer<S>(&self, keep: layer::Keep) -> Option<PoolEventsLayer<S>>
+    where
+        S: tracing::Subscriber + for<'a> LookupSpan<'a>,
+    {
+        let layer = layer::filtered(self.shared.clone(), Some(keep));
+        layer.inner().hears().then_some(layer)
     }
 
     /// Never tracks this authority (`collector:4318`), and forgets it if it was: for a telemetry
@@ -396,7 +419,8 @@ impl PoolEvents {
     /// Waits until the sink has seen every event so far. False if time ran out, or if called by the
     /// sink.
     pub fn flush(&self, within: Duration) -> bool {
-        self.shared.delivery.flush(within)
+        let delivery = self.shared.delivery.as_ref();
+        delivery.is_none_or(|delivery| delivery.flush(within))
     }
 
     /// Gauges and counts. Each key's are consistent, and the events up to its `sequence` sum to them.
@@ -406,7 +430,7 @@ impl PoolEvents {
             .cells()
             .iter()
             .map(|cell| {
-                if cell.published.load()[8] != 0 {
+                if cell.published.load()[HAS_SUSPECTS] != 0 {
                     // A client was dropped: time may have cleared up what went with it.
                     shared.step(cell, Input::Tick);
                 }
@@ -414,13 +438,14 @@ impl PoolEvents {
             })
             .collect();
         keys.sort_by(|a, b| a.key.cmp(&b.key));
+        let delivery = shared.delivery.as_ref();
         PoolEventsSnapshot {
             keys,
             complete: STATIC_MAX_LEVEL >= LevelFilter::TRACE,
             unknown_messages: shared.unknown.load(Ordering::Relaxed),
             pools_closed: shared.pools_closed.load(Ordering::Relaxed),
-            dropped_events: shared.delivery.dropped(),
-            sink_panics: shared.delivery.panics(),
+            dropped_events: delivery.map_or(0, |delivery| delivery.dropped()),
+            sink_panics: delivery.map_or(0, |delivery| delivery.panics()),
         }
     }
 }
@@ -429,90 +454,4 @@ impl fmt::Debug for PoolEvents {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PoolEvents").finish_non_exhaustive()
     }
-}
-
-/// What [`PoolEvents`] knows at one moment.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct PoolEventsSnapshot {
-    /// By key.
-    pub keys: Vec<StockKeySnapshot>,
-    /// Whether TRACE is compiled in. If not, gauges are nothing to go by.
-    pub complete: bool,
-    /// Messages that were not understood: hyper-util changed, and gauges may be wrong.
-    pub unknown_messages: u64,
-    /// Clients that were dropped, of those with a pool timer that held idle connections.
-    pub pools_closed: u64,
-    /// Events that the sink did not get because the queue was full. They are in the counts.
-    pub dropped_events: u64,
-    /// Panics of the sink.
-    pub sink_panics: u64,
-}
-
-impl PoolEventsSnapshot {
-    /// The snapshot of one key.
-    pub fn key(&self, key: &Key) -> Option<&StockKeySnapshot> {
-        self.keys.iter().find(|snapshot| snapshot.key == *key)
-    }
-}
-
-/// One key at one moment.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct StockKeySnapshot {
-    /// Which.
-    pub key: Key,
-    /// The last event that is in it.
-    pub sequence: u64,
-    /// What its connections speak.
-    pub protocol: StockProtocol,
-    /// How far `idle` and `shared` can be trusted.
-    pub certainty: Certainty,
-    /// HTTP/1 connections in the pools' lists.
-    pub idle: u32,
-    /// HTTP/2 connections in the pools' lists, whether requests run on them or not.
-    pub shared: u32,
-    /// Requests in the queues for a connection.
-    pub waiting: u32,
-    /// Requests that were given a connection and did not take it up yet; also those that never will,
-    /// because it was closed meanwhile, which is silent. Not a gauge to show.
-    pub handed: u32,
-    /// Messages that told of something that should not have been there: they began before the layer
-    /// listened.
-    pub unmatched: u64,
-    counts: [u64; ROWS],
-}
-
-impl StockKeySnapshot {
-    fn new(cell: &KeyCell) -> Self {
-        let words = cell.published.load();
-        let number = |word: u64| u32::try_from(word).unwrap_or(u32::MAX);
-        let mut counts = [0; ROWS];
-        counts.copy_from_slice(&words[9..]);
-        Self {
-            key: cell.key.clone(),
-            sequence: words[0],
-            idle: number(words[1]),
-            shared: number(words[2]),
-            waiting: number(words[3]),
-            handed: number(words[4]),
-            protocol: pick(StockProtocol::ALL, words[5], StockProtocol::Unknown),
-            certainty: pick(Certainty::ALL, words[6], Certainty::Approximate),
-            unmatched: words[7],
-            counts,
-        }
-    }
-
-    /// How often this row happened; for a row with a reason or outcome, with that one. The numbers
-    /// that the kind carries do not matter.
-    pub fn count(&self, kind: &StockPoolEventKind) -> u64 {
-        self.counts.get(kind.row()).copied().unwrap_or(0)
-    }
-}
-
-fn pick<T: Copy>(all: &[T], index: u64, otherwise: T) -> T {
-    usize::try_from(index)
-        .ok()
-        .and_then(|index| all.get(index).copied())
-        .unwrap_or(otherwise)
 }

@@ -24,8 +24,13 @@ use crate::conntrack::Conntrack;
 use crate::telemetry::env::Propagators;
 use crate::telemetry::otlp;
 use crate::telemetry::runtime::TelemetryRuntime;
+use crate::telemetry::settings::Plan;
 use crate::telemetry::span_processor::Flusher;
 use crate::telemetry::spans::SpanWriter;
+
+/// How long the shutdown waits for observers of stock pools.
+#[cfg(feature = "stock")]
+const LAST_EVENTS: Duration = Duration::from_millis(100);
 
 /// Set while an `init()` is in force: what it sets up is global.
 static IN_FORCE: AtomicBool = AtomicBool::new(false);
@@ -111,6 +116,13 @@ impl Builder {
         for provider in &meter_providers {
             builder = builder.meter_provider(provider.clone());
         }
+        #[cfg(feature = "stock")]
+        for otlp in plan.traces.iter().chain(&plan.metrics) {
+            let authorities = crate::stock::pool::authorities(&otlp.endpoint);
+            builder.stock = authorities
+                .into_iter()
+                .fold(builder.stock, |stock, authority| stock.exclude(authority));
+        }
         let Built { conntrack, spans } = builder.assemble(drops)?;
         #[cfg(feature = "prometheus")]
         let prometheus = match endpoint {
@@ -137,7 +149,7 @@ impl Builder {
             in_force: None,
         };
         if plan.subscriber {
-            install_subscriber(&guard)?;
+            install_subscriber(&guard, &plan)?;
         }
         // From here on nothing fails, so globals may change.
         guard.in_force = Some(in_force);
@@ -163,14 +175,25 @@ fn propagator(which: Propagators) -> TextMapCompositePropagator {
     TextMapCompositePropagator::new(all)
 }
 
-fn install_subscriber(guard: &ConntrackGuard) -> Result<(), ConfigError> {
+#[cfg_attr(not(feature = "stock"), allow(unused_variables))]
+fn install_subscriber(guard: &ConntrackGuard, plan: &Plan) -> Result<(), ConfigError> {
     // Unset or unreadable, it is `info`, without what OpenTelemetry says of its own globals.
     let filter = EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| EnvFilter::new("info,opentelemetry=warn"));
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_filter(filter);
-    let subscriber = Registry::default().with(guard.layer()).with(lines);
+    #[cfg(feature = "stock")]
+    let pools = plan
+        .stock_pool_events
+        .then(|| guard.stock_pool_layer())
+        .transpose()?;
+    #[cfg(not(feature = "stock"))]
+    let pools = tracing_subscriber::layer::Identity::new();
+    let subscriber = Registry::default()
+        .with(pools)
+        .with(guard.layer())
+        .with(lines);
     tracing::subscriber::set_global_default(subscriber).map_err(|_| {
         ConfigError::new(
             "subscriber",
@@ -351,6 +374,11 @@ impl ConntrackGuard {
             let _ = std::thread::Builder::new()
                 .name("conntrack-metrics".into())
                 .spawn(end_metrics);
+            #[cfg(feature = "stock")]
+            if let Some(stock) = conntrack.stock_pool() {
+                // Observers are told what was heard so far; a stuck one does not hold up the rest.
+                stock.events().flush(left(deadline).min(LAST_EVENTS));
+            }
             let mut failed = Vec::new();
             if let (Some(spans), Some(tracer), Some(flusher)) = (spans, tracer, flusher) {
                 write_open(&conntrack, &spans, &flusher, queue, deadline);

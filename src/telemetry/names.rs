@@ -33,9 +33,9 @@ attributes! {
     BYTES_WRITTEN = "conntrack.connection.bytes_written": "bytes written to it, on the layer that was wrapped";
     TIMELINE_DROPPED = "conntrack.timeline.dropped": "moments between the first and the last that were not kept";
     DIRECTION = "conntrack.direction": "`inbound` (accepted) or `outbound` (opened)";
-    NAME = "conntrack.name": "the name of the listener, dialer, connector or transport";
+    NAME = "conntrack.name": "the name of the listener, dialer, connector or transport; `stock` for the pools of stock clients";
     INSTANCE = "conntrack.instance": "which `Conntrack` of the process, from 0; on the instrumentation scope";
-    DROPPED_ITEM = "conntrack.dropped.item": "what was dropped: `span`, `metric_export`, `event`, `channel`, `label_set`, `name`, `phase`, `observer_panic`, `sink_panic`";
+    DROPPED_ITEM = "conntrack.dropped.item": "what was dropped: `span`, `metric_export`, `event`, `channel`, `label_set`, `name`, `phase`, `observer_panic`, `sink_panic`, `pool_event`, `pool_message`";
     REASON = "conntrack.reason": "why: a close, accept or reject reason; of a pool event the wait's outcome, the close reason, `reused` or `new`";
     POOL_EVENT = "conntrack.event": "what happened in the pool, such as `IdleConnIn`";
     POOL_LIMIT = "conntrack.limit": "which limit: `max_conns_per_host`, `max_idle_conns`, `max_idle_conns_per_host`, `max_waiters`";
@@ -44,10 +44,11 @@ attributes! {
     POOL_IDLE = "conntrack.pool.idle": "connections that no request had: the host's, or for `max_idle_conns` all";
     POOL_DIALING = "conntrack.pool.dialing": "dials to the host that were under way";
     POOL_WAITING = "conntrack.pool.waiting": "requests that waited for a connection to the host, this one included";
-    WAIT_OUTCOME = "conntrack.wait.outcome": "how the wait ended: `delivered_idle`, `delivered_new`, `shared_h2`, `timed_out`, `cancelled`, `dial_failed`, `pool_closed`; `slot_freed` for the queue for a slot alone";
+    WAIT_OUTCOME = "conntrack.wait.outcome": "how the wait ended: `delivered_idle`, `delivered_new`, `shared_h2`, `timed_out`, `cancelled`, `dial_failed`, `pool_closed`; `slot_freed` for the queue for a slot alone; `own_dial_or_cancelled` for stock pools alone";
     WAIT_REASON = "conntrack.wait.reason": "why it waited: `no_idle_connection`, `shared_dial`, `max_conns_per_host`";
     WAIT_DEPTH = "conntrack.wait.queue_depth": "how many requests to the host waited when this one began to, itself included";
     LINK_KIND = "conntrack.link": "on a link of a wait: `setup` (what it waited for) or `holder` (a request that held a connection)";
+    SOURCE = "conntrack.source": "how a gauge of a stock pool is known: `observed`, `assumed` (HTTP/1, not proved yet), `upper_bound` or `approximate`; not set where the pool counts itself";
     IO_LAYER = "conntrack.io.layer": "`wire` (ciphertext if TLS runs above) or `plaintext`";
     IO_DIRECTION = "conntrack.io.direction": "`read` or `written`, as seen from this process";
     ERROR_TYPE = "error.type": "why it failed; never set on success";
@@ -383,13 +384,16 @@ metrics! {
         &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT, IO_DIRECTION, IO_LAYER];
     POOL_WAITING_NOW = "conntrack.pool.waiting", Gauge, "{request}",
         "Requests that wait for a connection.",
-        &[NAME, SERVER_ADDRESS, SERVER_PORT, URL_SCHEME];
+        &[NAME, SERVER_ADDRESS, SERVER_PORT, URL_SCHEME, SOURCE];
     POOL_WAITING_MAX = "conntrack.pool.waiting.max", Gauge, "{request}",
         "The most requests that waited at a time, in this minute or the one before.",
-        &[NAME, SERVER_ADDRESS, SERVER_PORT, URL_SCHEME];
+        &[NAME, SERVER_ADDRESS, SERVER_PORT, URL_SCHEME, SOURCE];
     POOL_OLDEST_WAIT = "conntrack.pool.oldest_wait", Seconds, "s",
-        "How long the first in the queue has waited.",
+        "How long the first in the queue has waited; not of stock pools.",
         &[NAME, SERVER_ADDRESS, SERVER_PORT, URL_SCHEME];
+    POOL_IDLE_NOW = "conntrack.pool.idle", Gauge, "{connection}",
+        "Idle connections in pools. A stock pool's HTTP/2 connections (version `2`) are in its list while requests run on them too.",
+        &[NAME, SERVER_ADDRESS, SERVER_PORT, URL_SCHEME, PROTOCOL_VERSION, SOURCE];
     POOL_LIMITS = "conntrack.pool.limit", Gauge, "{connection}",
         "What a pool is held to; a limit that is not set is not there.",
         &[NAME, POOL_LIMIT];

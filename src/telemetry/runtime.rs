@@ -31,6 +31,8 @@ impl TelemetryRuntime {
             .on_thread_start(|| {
                 let guard = Context::enter_telemetry_suppressed_scope();
                 SUPPRESSED.with(|slot| *slot.borrow_mut() = Some(guard));
+                #[cfg(feature = "stock")]
+                crate::stock::pool_events::ignore_this_thread();
             })
             .on_thread_stop(|| {
                 SUPPRESSED.with(|slot| slot.borrow_mut().take());

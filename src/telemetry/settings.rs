@@ -21,6 +21,10 @@ use crate::telemetry::env::{
 /// The longest the shutdown may take by default.
 const SHUTDOWN: Duration = Duration::from_secs(5);
 
+/// Whether stock pools are heard by default.
+#[cfg(feature = "stock")]
+const STOCK_POOL_EVENTS: bool = false;
+
 /// OTLP's transport.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -49,6 +53,8 @@ pub(crate) struct InitSettings {
     pub(crate) prometheus: Option<String>,
     pub(crate) go_conntrack_names: bool,
     subscriber: Option<bool>,
+    #[cfg(feature = "stock")]
+    stock_pool_events: Option<bool>,
     shutdown: Option<Duration>,
 }
 
@@ -165,6 +171,14 @@ impl Builder {
         self
     }
 
+    /// Whether the subscriber that `init` installs has the layer that hears the pools of unmodified
+    /// reqwest and hyper-util clients. Default: DEFAULTWORD.
+    #[cfg(feature = "stock")]
+    pub const fn stock_pool_events(mut self, on: bool) -> Self {
+        self.init.stock_pool_events = Some(on);
+        self
+    }
+
     /// The longest that the last flush and the shutdown may take, together. Default 5 s.
     pub const fn shutdown_timeout(mut self, timeout: Duration) -> Self {
         self.init.shutdown = Some(timeout);
@@ -198,6 +212,8 @@ pub(crate) struct Plan {
     #[cfg(feature = "prometheus")]
     pub(crate) go_conntrack_names: bool,
     pub(crate) subscriber: bool,
+    #[cfg(feature = "stock")]
+    pub(crate) stock_pool_events: bool,
     pub(crate) shutdown: Duration,
 }
 
@@ -235,6 +251,8 @@ impl InitSettings {
             ("prometheus", self.prometheus.is_some()),
             ("go_conntrack_names", self.go_conntrack_names),
             ("subscriber", self.subscriber.is_some()),
+            #[cfg(feature = "stock")]
+            ("stock_pool_events", self.stock_pool_events.is_some()),
             ("shutdown_timeout", self.shutdown.is_some()),
             ("environment", self.env.is_some()),
         ];
@@ -303,6 +321,15 @@ impl InitSettings {
                 "must be more than zero and at most an hour",
             ));
         }
+        let subscriber = self.subscriber.unwrap_or(true);
+        #[cfg(feature = "stock")]
+        if self.stock_pool_events == Some(true) && !subscriber {
+            return Err(ConfigError::new(
+                "stock_pool_events",
+                "true",
+                "`subscriber(false)` was said; add the guard's `stock_pool_layer()` to your own subscriber",
+            ));
+        }
         let sampler = self.sampler(env)?;
         let resource = self.resource(env)?;
         let temporality = match (self.temporality, env.temporality()?) {
@@ -329,7 +356,9 @@ impl InitSettings {
             prometheus,
             #[cfg(feature = "prometheus")]
             go_conntrack_names: self.go_conntrack_names,
-            subscriber: self.subscriber.unwrap_or(true),
+            subscriber,
+            #[cfg(feature = "stock")]
+            stock_pool_events: self.stock_pool_events.unwrap_or(STOCK_POOL_EVENTS),
             shutdown,
         })
     }

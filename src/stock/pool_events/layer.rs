@@ -4,6 +4,7 @@
 //! called but the `Display` of the event's own message (with no lock of ours held), and the text goes
 //! into a buffer that the thread keeps.
 
+use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::fmt::{self, Write as _};
 use std::hash::{Hash, Hasher};
@@ -28,11 +29,20 @@ use super::{KeyCell, Shared, Stepped};
 /// The layer with its filter, from [`PoolEvents::layer`](super::PoolEvents::layer).
 pub type PoolEventsLayer<S> = Filtered<PoolWatch, PoolFilter, S>;
 
-pub(super) fn filtered<S>(shared: Arc<Shared>) -> PoolEventsLayer<S>
+/// What a layer keeps alive.
+pub(crate) type Keep = Arc<dyn Any + Send + Sync>;
+
+pub(super) fn filtered<S>(shared: Arc<Shared>, keep: Option<Keep>) -> PoolEventsLayer<S>
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
 {
-    PoolWatch { shared }.with_filter(PoolFilter { _private: () })
+    let hears = !shared.layered.swap(true, Ordering::Relaxed);
+    let watch = PoolWatch {
+        shared,
+        hears,
+        _keep: keep,
+    };
+    watch.with_filter(PoolFilter { _private: () })
 }
 
 /// Wants the events of hyper-util's pool, at every level, and nothing else.
@@ -71,6 +81,23 @@ impl<S> Filter<S> for PoolFilter {
 /// The layer without its filter, with which it would have to look at every event of the process.
 pub struct PoolWatch {
     shared: Arc<Shared>,
+    /// It is the only one, or was made when there was none.
+    hears: bool,
+    _keep: Option<Keep>,
+}
+
+impl PoolWatch {
+    pub(super) fn hears(&self) -> bool {
+        self.hears
+    }
+}
+
+impl Drop for PoolWatch {
+    fn drop(&mut self) {
+        if self.hears {
+            self.shared.layered.store(false, Ordering::Relaxed);
+        }
+    }
 }
 
 impl fmt::Debug for PoolWatch {
@@ -81,6 +108,9 @@ impl fmt::Debug for PoolWatch {
 
 impl<S: Subscriber> Layer<S> for PoolWatch {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        if !self.hears {
+            return;
+        }
         let seen = HERE.try_with(|here| self.shared.on_event(event, here));
         if seen.is_err() {
             // The thread ends, and drops a connection last. What a thread keeps does not matter then.
@@ -167,9 +197,24 @@ impl Here {
     }
 }
 
+/// Whether this is telemetry's own doing. At a thread's end nobody knows any more.
+#[cfg(feature = "otel")]
+fn is_suppressed() -> bool {
+    use crate::observer::shielded;
+    shielded(opentelemetry::Context::is_current_telemetry_suppressed).unwrap_or(false)
+}
+
+#[cfg(not(feature = "otel"))]
+const fn is_suppressed() -> bool {
+    false
+}
+
 impl Shared {
     fn on_event(&self, event: &Event<'_>, here: &Here) {
         if here.ignored.get() || !self.config.blocking_reqwest && here.on_blocking_reqwest() {
+            return;
+        }
+        if is_suppressed() {
             return;
         }
         let callsite = event.metadata().callsite();

@@ -18,6 +18,7 @@
 use std::time::{Duration, Instant};
 
 use super::message::PoolMessage;
+use crate::record::pool::HighWater;
 
 /// Both hyper-util's and reqwest's idle timeout, where no message told a pool's own.
 const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(90);
@@ -278,6 +279,9 @@ pub(super) struct Machine {
     pub(super) counts: [u64; ROWS],
     /// Messages that told of something that should not have been there.
     pub(super) unmatched: u64,
+    /// The most that waited at a time, by the time since `born`.
+    pub(super) most: HighWater,
+    pub(super) born: Instant,
 }
 
 impl Machine {
@@ -300,6 +304,8 @@ impl Machine {
             sequence: 0,
             counts: [0; ROWS],
             unmatched: 0,
+            most: HighWater::default(),
+            born: Instant::now(),
         }
     }
 
@@ -348,6 +354,7 @@ impl Machine {
     }
 
     pub(super) fn on(&mut self, input: Input, now: &impl Fn() -> Instant, out: &mut impl Out) {
+        let waited = self.waiting;
         self.give_up_suspects(now, out);
         match input {
             Input::Message {
@@ -359,6 +366,11 @@ impl Machine {
             Input::DialsItself { refused } => self.dials_itself(refused, out),
             Input::SomePoolClosed => self.suspect(now()),
             Input::Tick => {}
+        }
+        if self.waiting != waited {
+            let now = now().saturating_duration_since(self.born);
+            self.most
+                .step(u64::from(waited), u64::from(self.waiting), now);
         }
     }
 

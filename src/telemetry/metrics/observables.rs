@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use opentelemetry::metrics::Meter;
 
 use super::labels::{Admitted, Host, Labels, Sums};
-use crate::event::{Direction, IoLayer, ProtocolVersion};
+use crate::event::{Direction, GaugeSource, IoLayer, ProtocolVersion};
 use crate::record::pool::{PoolHostStats, PoolStats};
 use crate::record::stats::{ScopeStats, Stats};
 use crate::record::{Recorder, lock};
@@ -71,7 +71,8 @@ const OBSERVABLES: &[(&Metric, Read)] = &[
         });
     }),
     (&names::ACTIVE_REQUESTS, |stats, sums| {
-        for (_, host) in pool_hosts(stats) {
+        let known = pool_hosts(stats).filter(|(pool, _)| pool.kind.knows_requests());
+        for (_, host) in known {
             let requests = host.in_use + host.waiting;
             sums.add(Labels::default().host(server(host)), requests);
         }
@@ -79,22 +80,38 @@ const OBSERVABLES: &[(&Metric, Read)] = &[
     (&names::POOL_WAITING_NOW, |stats, sums| {
         each_pool(stats, |labels| sums.add(labels, 0));
         for (pool, host) in pool_hosts(stats) {
-            sums.add(Labels::name(&pool.name).host(server(host)), host.waiting);
+            sums.add(of_host(pool, host, host.waiting_source), host.waiting);
         }
     }),
     (&names::POOL_WAITING_MAX, |stats, sums| {
         each_pool(stats, |labels| sums.most(labels, 0));
         for (pool, host) in pool_hosts(stats) {
-            let labels = Labels::name(&pool.name).host(server(host));
+            let labels = of_host(pool, host, host.waiting_source);
             sums.most(labels, host.waiting_max);
         }
     }),
     (&names::POOL_OLDEST_WAIT, |stats, sums| {
-        each_pool(stats, |labels| sums.most(labels, 0));
-        for (pool, host) in pool_hosts(stats) {
-            let labels = Labels::name(&pool.name).host(server(host));
+        let known = |pool: &&PoolStats| pool.kind.knows_requests();
+        for pool in pools(stats).filter(known) {
+            sums.most(Labels::name(&pool.name), 0);
+        }
+        for (pool, host) in pool_hosts(stats).filter(|(pool, _)| known(pool)) {
             let nanos = u64::try_from(host.oldest_wait.as_nanos()).unwrap_or(u64::MAX);
-            sums.most(labels, nanos);
+            sums.most(of_host(pool, host, None), nanos);
+        }
+    }),
+    (&names::POOL_IDLE_NOW, |stats, sums| {
+        each_pool(stats, |labels| sums.add(labels, 0));
+        for (pool, host) in pool_hosts(stats) {
+            let labels = of_host(pool, host, host.idle_source);
+            // What a list of HTTP/2 holds need not be idle: it stands apart.
+            if host.shared < host.idle || host.shared == 0 {
+                sums.add(labels.clone(), host.idle - host.shared.min(host.idle));
+            }
+            if host.shared > 0 {
+                let version = Some(ProtocolVersion::Http2.as_str());
+                sums.add(Labels { version, ..labels }, host.shared);
+            }
         }
     }),
     (&names::POOL_LIMITS, |stats, sums| {
@@ -138,6 +155,15 @@ fn pool_hosts(stats: &Stats) -> impl Iterator<Item = (&PoolStats, &PoolHostStats
         })
 }
 
+/// A host's gauge; a stock pool's says how it is known.
+fn of_host(pool: &PoolStats, host: &PoolHostStats, source: Option<GaugeSource>) -> Labels {
+    let labels = Labels::name(&pool.name).host(server(host));
+    match source {
+        Some(source) => labels.fact(names::SOURCE, source.as_str()),
+        None => labels,
+    }
+}
+
 fn server(host: &PoolHostStats) -> Option<Host> {
     Some(
         host.target
@@ -155,7 +181,7 @@ fn pool_events(stats: &Stats, sums: &mut Sums) {
         }
     };
     for pool in pools(stats) {
-        for (name, reason) in PoolStats::rows() {
+        for (name, reason) in pool.rows() {
             sums.add(event(Labels::name(&pool.name), name, reason), 0);
         }
         for host in &pool.hosts {
@@ -261,6 +287,8 @@ fn dropped(stats: &Stats, sums: &mut Sums) {
         ("phase", dropped.phases),
         ("observer_panic", dropped.observer_panics),
         ("sink_panic", dropped.sink_panics),
+        ("pool_event", dropped.pool_events),
+        ("pool_message", dropped.pool_messages),
     ] {
         sums.add(Labels::default().fact(names::DROPPED_ITEM, item), n);
     }

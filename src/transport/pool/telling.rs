@@ -27,6 +27,7 @@ impl Pool {
             self.events.push(PoolEvent {
                 time: now.wall,
                 sequence: self.sequence,
+                inferred: false,
                 pool: self.name.clone(),
                 key: k.key.clone(),
                 connection,
@@ -75,6 +76,7 @@ impl Pool {
             PoolLimit::MaxConnsPerHost => PoolEventKind::MaxConnsPerHostHit { limit, snapshot },
             PoolLimit::MaxIdleConns => PoolEventKind::MaxIdleConnsHit { limit, snapshot },
             PoolLimit::MaxIdleConnsPerHost => {
+                let limit = Some(limit);
                 PoolEventKind::MaxIdleConnsPerHostHit { limit, snapshot }
             }
         });
