@@ -183,7 +183,7 @@ impl Builder {
         self.stock.check()?;
         let recorder = Recorder::new(Composed::new(self.observers), self.history, drops);
         #[cfg(feature = "stock")]
-        let stock = Arc::new(crate::conntrack::Stock {
+        let stock = Arc::new(crate::stock::pool::Slot {
             config: self.stock,
             pool: Default::default(),
         });

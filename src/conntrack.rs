@@ -27,14 +27,7 @@ pub struct Conntrack {
     /// What the telemetry needs alive: the checkpoint clock. Its drop stops it.
     pub(crate) _keep: Arc<dyn std::any::Any + Send + Sync>,
     #[cfg(feature = "stock")]
-    pub(crate) stock: Arc<Stock>,
-}
-
-/// The pools of stock clients: their settings, and what listens to them once somebody wants it.
-#[cfg(feature = "stock")]
-pub(crate) struct Stock {
-    pub(crate) config: crate::stock::pool_events::PoolEventsConfig,
-    pub(crate) pool: std::sync::OnceLock<Arc<crate::stock::pool::StockPool>>,
+    pub(crate) stock: Arc<crate::stock::pool::Slot>,
 }
 
 impl Conntrack {
@@ -71,7 +64,7 @@ impl Conntrack {
     /// [`ReqwestBuilderExt::conntrack`](crate::ReqwestBuilderExt::conntrack) is this in one line.
     #[cfg(feature = "reqwest")]
     pub fn reqwest(&self, name: &str) -> crate::stock::ReqwestLayerBuilder {
-        crate::stock::ReqwestLayerBuilder::new(self.recorder.clone(), name)
+        crate::stock::ReqwestLayerBuilder::new(self.recorder.clone(), self.stock.clone(), name)
     }
 
     /// A layer over a reqwest client whose connections are tracked under this name: it sees the
@@ -85,7 +78,7 @@ impl Conntrack {
         &self,
         name: &str,
     ) -> Result<crate::stock::ReqwestRequests, ConfigError> {
-        crate::stock::ReqwestRequests::new(&self.recorder, name)
+        crate::stock::ReqwestRequests::new(&self.recorder, &self.stock, name)
     }
 
     /// A `tracing` layer that hears the pools of unmodified reqwest and hyper-util clients, for a
@@ -138,6 +131,37 @@ impl Conntrack {
                  one would count everything twice",
             )
         })
+    }
+
+    /// Everything that unmodified reqwest clients say in `tracing` events, as one layer for a subscriber
+    /// of your own: [`stock_pool_layer`](Self::stock_pool_layer) and
+    /// [`ConnectEvents`](crate::stock::ConnectEvents).
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use otel_conntrack::Conntrack;
+    /// use tracing_subscriber::filter::LevelFilter;
+    /// use tracing_subscriber::{Layer, layer::SubscriberExt};
+    ///
+    /// let conntrack = Conntrack::builder().build()?;
+    /// let subscriber = tracing_subscriber::registry()
+    ///     .with(conntrack.stock_layer()?)
+    ///     .with(tracing_subscriber::fmt::layer().with_filter(LevelFilter::INFO));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`stock_pool_layer`](Self::stock_pool_layer).
+    #[cfg(feature = "reqwest")]
+    pub fn stock_layer<S>(&self) -> Result<impl tracing_subscriber::Layer<S> + use<S>, ConfigError>
+    where
+        S: tracing::Subscriber + for<'a> tracing_subscriber::registry::LookupSpan<'a>,
+    {
+        use tracing_subscriber::Layer as _;
+        let pool = self.stock_pool_layer()?;
+        Ok(pool.and_then(crate::stock::ConnectEvents::layer()))
     }
 
     /// What listens to the pools of stock clients; none if nobody asked for its layer.

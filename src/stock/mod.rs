@@ -32,6 +32,8 @@ pub use self::dns::DnsTimer;
 #[cfg(all(feature = "reqwest", feature = "net"))]
 pub use self::dns::SystemDns;
 #[cfg(feature = "reqwest")]
-pub use self::requests::{ReqwestRequestService, ReqwestRequests, ReqwestResponseFuture};
+pub use self::requests::{
+    RequestFacts, ReqwestRequestService, ReqwestRequests, ReqwestResponseFuture,
+};
 #[cfg(feature = "reqwest")]
 pub use self::reqwest::{ReqwestConnecting, ReqwestConnector, ReqwestLayer, ReqwestLayerBuilder};

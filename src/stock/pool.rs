@@ -4,7 +4,7 @@
 //! [`pool_events`](super::pool_events) has the mapping and says what is known; this room only carries.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use tracing::Subscriber;
 use tracing_subscriber::registry::LookupSpan;
@@ -21,6 +21,21 @@ use crate::stock::pool_events::{
     Certainty, IdleOutReason, Key, PoolEventSink, PoolEvents, PoolEventsConfig, PoolEventsLayer,
     StockKeySnapshot, StockPoolEvent, StockPoolEventKind as Said, StockProtocol, StockWaitOutcome,
 };
+
+/// The pools of stock clients as one `Conntrack` hears them: their settings, and what listens to them
+/// once somebody wants it.
+pub(crate) struct Slot {
+    pub(crate) config: PoolEventsConfig,
+    pub(crate) pool: OnceLock<Arc<StockPool>>,
+}
+
+impl Slot {
+    /// What is heard; none if nobody asked for the layer.
+    #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
+    pub(crate) fn events(&self) -> Option<&PoolEvents> {
+        self.pool.get().map(|pool| &pool.events)
+    }
+}
 
 /// The pools of all stock clients of the process, as one.
 pub(crate) struct StockPool {
@@ -185,7 +200,7 @@ const fn said(kind: Said) -> PoolEventKind {
     }
 }
 
-fn target(key: &Key) -> Target {
+pub(crate) fn target(key: &Key) -> Target {
     Target {
         host: key.host().into(),
         port: key.port(),

@@ -10,6 +10,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::{Duration, SystemTime};
 
 use hyper_util::client::legacy::connect::HttpInfo;
 use pin_project_lite::pin_project;
@@ -19,23 +20,30 @@ use tower_service::Service;
 
 use super::close_watch::{self, Tuple};
 use super::held::hold;
+use super::pool::{Slot, target};
+use super::pool_events::{PoolEvents, RequestWatch};
 use crate::config::ConfigError;
-use crate::event::Direction;
+use crate::event::{Direction, IoLayer, PoolKey, ProtocolVersion, WaitOutcome};
 use crate::outbound::caller::Caller;
 use crate::outbound::client::protocol;
 use crate::record::handle::{ConnectionRecord, RequestGuard};
-use crate::record::{Recorder, Scope};
+use crate::record::pool::{Now, Wait, WaitReason, Waited};
+use crate::record::{Connection, Recorder, Scope};
 
 /// Sees the requests of a reqwest client whose connections are tracked under the same name.
 /// From [`Conntrack::reqwest_requests`](crate::Conntrack::reqwest_requests). Cheap to clone.
 ///
 /// It is a tower layer for a `reqwest::Client` (which is a tower service), and with the feature
-/// `reqwest-middleware` a `Middleware`. What it adds:
+/// `reqwest-middleware` a `Middleware`. Put it next to the client, below all others. What it adds:
 ///
 /// - the connection is active and idle, its requests are counted, it has a last version;
 /// - the caller's span gets the event `connection.acquired`, the attribute
 ///   `conntrack.connection.id` and a link to the connection's set-up;
-/// - the connection's [`ConnectionRecord`] is in the response's extensions.
+/// - the connection's [`ConnectionRecord`] and the request's [`RequestFacts`] are in the response's
+///   extensions;
+/// - with the pool's layer ([`Conntrack::stock_layer`](crate::Conntrack::stock_layer)), how long the
+///   request waited in the pool: a span `wait_for_connection` under the caller's, and
+///   `http.client.request.time_in_queue`.
 ///
 /// A connection that was dialled for a request and served none (another one came free first) is idle.
 ///
@@ -59,34 +67,86 @@ use crate::record::{Recorder, Scope};
 /// ```
 #[derive(Clone)]
 pub struct ReqwestRequests {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    recorder: Recorder,
     scope: Arc<Scope>,
+    pool: Arc<Slot>,
+}
+
+/// What is known of one request to an unmodified reqwest client; in its response's extensions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RequestFacts {
+    /// The connection had served a request before; none if it is not tracked.
+    pub reused: Option<bool>,
+    /// How long the request waited in the pool, its redirects' waits included. None if it did not
+    /// wait, and where nothing tells: without the pool's layer, and for a wait that ended without a
+    /// word ([`stock::pool_events`](crate::stock::pool_events)).
+    pub time_in_queue: Option<Duration>,
+    /// How its last wait ended; none as above.
+    pub wait_outcome: Option<WaitOutcome>,
 }
 
 impl ReqwestRequests {
-    pub(crate) fn new(recorder: &Recorder, name: &str) -> Result<Self, ConfigError> {
+    pub(crate) fn new(
+        recorder: &Recorder,
+        pool: &Arc<Slot>,
+        name: &str,
+    ) -> Result<Self, ConfigError> {
         crate::config::valid_name("client name", name)?;
         let scope = recorder.declared(Direction::Outbound, name);
         scope.see_requests();
-        Ok(Self { scope })
+        let shared = Shared {
+            recorder: recorder.clone(),
+            scope,
+            pool: pool.clone(),
+        };
+        Ok(Self {
+            shared: Arc::new(shared),
+        })
     }
 
+    fn errand(&self) -> Errand {
+        Errand {
+            caller: Caller::current(),
+            watch: self.shared.pool.events().map(PoolEvents::watch_request),
+            requests: self.clone(),
+        }
+    }
+}
+
+/// One request.
+struct Errand {
+    caller: Caller,
+    /// None where nobody hears the pool, and once the request is over.
+    watch: Option<RequestWatch>,
+    requests: ReqwestRequests,
+}
+
+impl Errand {
     /// The response's head is there, and with it the connection.
-    fn seen(&self, mut response: Response, caller: &Caller) -> Response {
-        let Some(info) = response.extensions().get::<HttpInfo>() else {
-            return response;
-        };
-        let ends = Tuple {
+    fn answered(&mut self, mut response: Response) -> Response {
+        let ends = response.extensions().get::<HttpInfo>().map(|info| Tuple {
             local: info.local_addr(),
             peer: info.remote_addr(),
-        };
-        let Some(connection) = close_watch::find(&ends) else {
+        });
+        let connection = ends.and_then(|ends| close_watch::find(&ends));
+        let version = protocol(response.version());
+        let waited = self.waited(version, connection.as_deref());
+        let Some(connection) = connection else {
+            insert_facts(&mut response, None, waited);
             return response;
         };
-        caller.acquired(&connection, connection.request_started());
+        let found = connection.request_started();
+        self.caller.acquired(&connection, found);
         let guard = RequestGuard::new(connection.clone());
-        if let Some(version) = protocol(response.version()) {
+        if let Some(version) = version {
             connection.set_protocol(version);
         }
+        insert_facts(&mut response, Some(found.reused), waited);
         let extensions = response.extensions_mut();
         extensions.insert(ConnectionRecord(connection));
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
@@ -96,12 +156,70 @@ impl ReqwestRequests {
         }
         hold(response, guard)
     }
+
+    /// Tells of the wait in the pool, if there was one and its length is known.
+    fn waited(
+        &mut self,
+        version: Option<ProtocolVersion>,
+        connection: Option<&Connection>,
+    ) -> Option<(Duration, WaitOutcome)> {
+        let watch = self.watch.take()?;
+        let (took, outcome) = (watch.time_in_queue()?, watch.outcome(version)?);
+        let Shared {
+            recorder,
+            scope,
+            pool,
+        } = &*self.requests.shared;
+        let key = pool.events()?.queue_of(&watch)?;
+        let ago = watch.until().map(|until| until.elapsed())?;
+        let until = SystemTime::now() - ago;
+        let key = PoolKey {
+            target: target(&key),
+            proxy: None,
+        };
+        let wait = Wait {
+            host: scope.host_slot(&key.target, IoLayer::Wire),
+            key: Arc::new(key),
+            outcome,
+            since: Now {
+                mono: Duration::ZERO,
+                wall: until - took,
+            },
+            depth: 0,
+            reason: WaitReason::NoIdleConnection,
+            hit: None,
+        };
+        // It waited for the dial that brought its connection, or for nobody's.
+        let dialled = connection.filter(|_| outcome == WaitOutcome::DeliveredNew);
+        recorder.waited(&Waited {
+            scope,
+            caller: self.caller.context(),
+            took,
+            until,
+            wait: &wait,
+            setup: dialled.and_then(|connection| connection.trace.get().copied()),
+            error: None,
+        });
+        Some((took, outcome))
+    }
+}
+
+fn insert_facts(
+    response: &mut Response,
+    reused: Option<bool>,
+    waited: Option<(Duration, WaitOutcome)>,
+) {
+    response.extensions_mut().insert(RequestFacts {
+        reused,
+        time_in_queue: waited.map(|(took, _)| took),
+        wait_outcome: waited.map(|(_, outcome)| outcome),
+    });
 }
 
 impl fmt::Debug for ReqwestRequests {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ReqwestRequests")
-            .field("name", &self.scope.name)
+            .field("name", &self.shared.scope.name)
             .finish_non_exhaustive()
     }
 }
@@ -137,21 +255,34 @@ where
     }
 
     fn call(&mut self, request: Request) -> Self::Future {
+        let errand = self.requests.errand();
         ReqwestResponseFuture {
-            caller: Caller::current(),
-            inner: self.inner.call(request),
-            requests: self.requests.clone(),
+            inner: Some(self.inner.call(request)),
+            errand,
         }
     }
 }
 
 pin_project! {
     /// The response of a [`ReqwestRequestService`].
+    ///
+    /// Cancel-safe: dropped, it ends the request, and a wait of it as cancelled.
     pub struct ReqwestResponseFuture<F> {
+        // There until the drop.
         #[pin]
-        inner: F,
-        caller: Caller,
-        requests: ReqwestRequests,
+        inner: Option<F>,
+        errand: Errand,
+    }
+
+    impl<F> PinnedDrop for ReqwestResponseFuture<F> {
+        fn drop(this: Pin<&mut Self>) {
+            let mut this = this.project();
+            if let Some(watch) = &mut this.errand.watch {
+                // The pool speaks of it once more.
+                watch.drop_in(|| this.inner.set(None));
+                this.errand.waited(None, None);
+            }
+        }
     }
 }
 
@@ -170,8 +301,20 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let response = ready!(this.inner.poll(cx));
-        Poll::Ready(response.map(|response| this.requests.seen(response, this.caller)))
+        let Some(inner) = this.inner.as_pin_mut() else {
+            return Poll::Pending;
+        };
+        let polled = match &mut this.errand.watch {
+            Some(watch) => watch.poll_in(|| inner.poll(cx)),
+            None => inner.poll(cx),
+        };
+        Poll::Ready(match ready!(polled) {
+            Ok(response) => Ok(this.errand.answered(response)),
+            Err(error) => {
+                this.errand.waited(None, None);
+                Err(error)
+            }
+        })
     }
 }
 
@@ -185,9 +328,8 @@ impl reqwest_middleware::Middleware for ReqwestRequests {
         next: reqwest_middleware::Next<'_>,
     ) -> reqwest_middleware::Result<Response> {
         let response = ReqwestResponseFuture {
-            caller: Caller::current(),
-            inner: next.run(request, extensions),
-            requests: self.clone(),
+            inner: Some(next.run(request, extensions)),
+            errand: self.errand(),
         };
         response.await
     }

@@ -22,6 +22,8 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::close_watch::{self, Tuple};
+use super::pool::Slot;
+use super::pool_events::Key;
 use super::set_up::SetUp;
 use crate::config::{ConfigError, Declaration};
 use crate::event::{Direction, IoLayer, ProtocolVersion, Target};
@@ -38,12 +40,14 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 #[must_use = "call `layer()`"]
 pub struct ReqwestLayerBuilder {
     declaration: Declaration,
+    pool: PoolSlot,
 }
 
 impl ReqwestLayerBuilder {
-    pub(crate) fn new(recorder: Recorder, name: &str) -> Self {
+    pub(crate) fn new(recorder: Recorder, pool: Arc<Slot>, name: &str) -> Self {
         Self {
             declaration: Declaration::new(recorder, name),
+            pool: PoolSlot(pool),
         }
     }
 
@@ -70,14 +74,25 @@ impl ReqwestLayerBuilder {
             shared: Arc::new(Shared {
                 recorder: self.declaration.recorder,
                 scope,
+                pool: self.pool.0,
             }),
         })
+    }
+}
+
+struct PoolSlot(Arc<Slot>);
+
+impl fmt::Debug for PoolSlot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PoolSlot")
     }
 }
 
 struct Shared {
     recorder: Recorder,
     scope: Arc<Scope>,
+    /// Who hears the client's pool has to be told of HTTP/2.
+    pool: Arc<Slot>,
 }
 
 /// A layer for reqwest's connector: what it opens is tracked.
@@ -139,27 +154,40 @@ where
     }
 
     fn call(&mut self, request: R) -> Self::Future {
-        let Shared { recorder, scope } = &*self.shared;
-        let set_up = (!suppressed()).then(|| {
-            let target = target(&format!("{request:?}"));
-            let (recorder, scope) = scope_of_call(recorder, scope);
-            // The attempt begins here, not at the first poll: this is when it was asked for. Its
-            // bytes are the kernel's count, which knows no TLS.
-            SetUp::new(recorder.attempt(&scope, target, IoLayer::Wire))
+        let tracking = (!suppressed()).then(|| {
+            let uri = uri(&format!("{request:?}"));
+            let target = uri
+                .as_ref()
+                .map_or_else(|| Target::unix("unknown"), |uri| target_of(uri, true).0);
+            let (recorder, scope) = scope_of_call(&self.shared.recorder, &self.shared.scope);
+            Tracking {
+                // The attempt begins here, not at the first poll: this is when it was asked for. Its
+                // bytes are the kernel's count, which knows no TLS.
+                set_up: SetUp::new(recorder.attempt(&scope, target, IoLayer::Wire)),
+                uri,
+                shared: self.shared.clone(),
+            }
         });
         let inner = self.inner.call(request);
-        ReqwestConnecting { inner, set_up }
+        ReqwestConnecting { inner, tracking }
     }
 }
 
 /// `Unnameable(http://host:port/)`
-fn target(printed: &str) -> Target {
+fn uri(printed: &str) -> Option<Uri> {
     printed
         .split_once('(')
         .and_then(|(_, rest)| rest.strip_suffix(')'))
         .and_then(|uri| uri.parse::<Uri>().ok())
         .filter(|uri| uri.host().is_some())
-        .map_or_else(|| Target::unix("unknown"), |uri| target_of(&uri, true).0)
+}
+
+/// A connect that is not a telemetry exporter's.
+struct Tracking {
+    set_up: SetUp,
+    /// What was asked for, where it could be read.
+    uri: Option<Uri>,
+    shared: Arc<Shared>,
 }
 
 pin_project! {
@@ -170,7 +198,7 @@ pin_project! {
         #[pin]
         inner: F,
         // None for a telemetry exporter's, and once it is done.
-        set_up: Option<SetUp>,
+        tracking: Option<Tracking>,
     }
 }
 
@@ -191,17 +219,17 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let inner = this.inner;
-        let polled = match this.set_up {
-            Some(set_up) => set_up.watch(|| inner.poll(cx)),
+        let polled = match this.tracking {
+            Some(tracking) => tracking.set_up.watch(|| inner.poll(cx)),
             None => inner.poll(cx),
         };
         let connected = ready!(polled).map_err(Into::into);
-        if let Some(set_up) = this.set_up.take() {
+        if let Some(tracking) = this.tracking.take() {
             match &connected {
-                Ok(connection) => established(set_up, connection),
+                Ok(connection) => tracking.established(connection),
                 Err(error) => {
                     let reason = classify(&**error);
-                    set_up.ended(Some(reason)).failed(reason);
+                    tracking.set_up.ended(Some(reason)).failed(reason);
                 }
             }
         }
@@ -209,35 +237,43 @@ where
     }
 }
 
-/// The connection is usable, and still in our hands: so its socket is open.
-fn established(set_up: SetUp, connection: &impl Connection) {
-    let connected = connection.connected();
-    let mut extras = Extensions::new();
-    connected.get_extras(&mut extras);
-    let record = set_up.attempt().connection().clone();
-    let is_h2 = connected.is_negotiated_h2();
-    #[cfg(feature = "reqwest-rustls")]
-    if let Some(info) = extras.get::<reqwest::tls::TlsInfo>() {
-        let _ = record.tls.set(tls_facts(info, is_h2));
-    }
-    let attempt = set_up.ended(None);
-    let requests_seen = record.scope.requests_seen();
-    let ends = extras.get::<HttpInfo>().map(|info| Tuple {
-        local: info.local_addr(),
-        peer: info.remote_addr(),
-    });
-    let guard = attempt.established(
-        ends.map(|ends| ends.local.into()),
-        ends.map(|ends| ends.peer.into()),
-        requests_seen,
-    );
-    if is_h2 {
-        record.set_protocol(ProtocolVersion::Http2);
-    }
-    match ends {
-        Some(ends) => close_watch::watch(ends, guard),
-        // A Unix socket or a pipe: the kernel tells nobody when it ends.
-        None => guard.untracked(),
+impl Tracking {
+    /// The connection is usable, and still in our hands: so its socket is open.
+    fn established(self, connection: &impl Connection) {
+        let connected = connection.connected();
+        let mut extras = Extensions::new();
+        connected.get_extras(&mut extras);
+        let record = self.set_up.attempt().connection().clone();
+        let is_h2 = connected.is_negotiated_h2();
+        #[cfg(feature = "reqwest-rustls")]
+        if let Some(info) = extras.get::<reqwest::tls::TlsInfo>() {
+            let _ = record.tls.set(tls_facts(info, is_h2));
+        }
+        let attempt = self.set_up.ended(None);
+        let requests_seen = record.scope.requests_seen();
+        let ends = extras.get::<HttpInfo>().map(|info| Tuple {
+            local: info.local_addr(),
+            peer: info.remote_addr(),
+        });
+        let guard = attempt.established(
+            ends.map(|ends| ends.local.into()),
+            ends.map(|ends| ends.peer.into()),
+            requests_seen,
+        );
+        if is_h2 {
+            record.set_protocol(ProtocolVersion::Http2);
+            // Before the pool has it.
+            if let Some((events, uri)) = self.shared.pool.events().zip(self.uri) {
+                let scheme = uri.scheme_str().unwrap_or_default();
+                let authority = uri.authority().map_or("", |authority| authority.as_str());
+                events.negotiated_h2(&Key::new(scheme, authority));
+            }
+        }
+        match ends {
+            Some(ends) => close_watch::watch(ends, guard),
+            // A Unix socket or a pipe: the kernel tells nobody when it ends.
+            None => guard.untracked(),
+        }
     }
 }
 
@@ -266,7 +302,7 @@ mod tests {
             ("Unnameable(https://[::1]:8443/)", "::1", 8443, "https"),
             ("Whatever(https://a.b:1/)", "a.b", 1, "https"),
         ] {
-            let target = target(printed);
+            let (target, _) = target_of(&uri(printed).unwrap(), true);
             assert_eq!((&*target.host, target.port), (host, Some(port)));
             assert_eq!(target.scheme.as_deref(), Some(scheme));
         }
@@ -282,8 +318,7 @@ mod tests {
             "(",
             "Uri(",
         ] {
-            let target = target(printed);
-            assert_eq!((&*target.host, target.port), ("unknown", None), "{printed}");
+            assert_eq!(uri(printed), None, "{printed}");
         }
     }
 }

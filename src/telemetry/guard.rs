@@ -183,7 +183,12 @@ fn install_subscriber(guard: &ConntrackGuard, plan: &Plan) -> Result<(), ConfigE
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_filter(filter);
-    #[cfg(feature = "stock")]
+    #[cfg(feature = "reqwest")]
+    let pools = plan
+        .stock_pool_events
+        .then(|| guard.stock_layer())
+        .transpose()?;
+    #[cfg(all(feature = "stock", not(feature = "reqwest")))]
     let pools = plan
         .stock_pool_events
         .then(|| guard.stock_pool_layer())

@@ -180,8 +180,10 @@ impl SpanWriter {
             KeyValue::new(names::NAME, string(&waited.scope.name)),
             KeyValue::new(names::WAIT_OUTCOME, wait.outcome.as_str()),
             KeyValue::new(names::WAIT_REASON, wait.reason.as_str()),
-            KeyValue::new(names::WAIT_DEPTH, wait.depth as i64),
         ];
+        if wait.depth > 0 {
+            attributes.push(KeyValue::new(names::WAIT_DEPTH, wait.depth as i64));
+        }
         attributes.extend(server(target));
         let error = match (waited.error, wait.outcome) {
             (Some(reason), _) => Some(reason.as_str()),

@@ -1,32 +1,22 @@
-//! When connections end that nobody of ours holds: told by the kernel, held against the server's own
-//! count.
+//! When connections end that nobody of ours holds, told by the kernel. `stock_ground_truth.rs` holds
+//! the counts against the server's own.
 
 use std::convert::Infallible;
-use std::net::SocketAddr;
-use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::Full;
+use hyper::Response;
 use hyper::service::service_fn;
-use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
 use opentelemetry_sdk::trace::SpanData;
 use otel_conntrack::{
-    CloseReason, ConnectionEvent, ConnectionEventKind as Kind, Conntrack, Hooks, Initiator,
-    ReqwestBuilderExt, names,
+    CloseReason, ConnectionEvent, ConnectionEventKind as Kind, Initiator, ReqwestBuilderExt, names,
 };
-use proptest::prelude::*;
-use tokio::sync::{Notify, watch};
-use tokio::task::JoinSet;
-use tower_layer::Layer;
 
 use super::support::otel::{Spans, attribute, is_child};
-use super::support::peers::{Events, dialer, listener, watched};
-use super::support::tls;
+use super::support::peers::{Events, dialer, watched};
 use super::support::web::{Web, nothing, stream, text};
 use super::{plain, traced};
 

@@ -2,12 +2,15 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::time::Duration;
 
 use opentelemetry::Context;
 use opentelemetry::trace::{FutureExt as _, TraceContextExt, Tracer, TracerProvider};
 use opentelemetry_sdk::trace::SdkTracerProvider;
+use otel_conntrack::stock::RequestFacts;
 use otel_conntrack::{
-    ConnectionRecord, ConnectionState, Conntrack, ProtocolVersion, ReqwestBuilderExt, names,
+    ConnectionRecord, ConnectionState, Conntrack, ProtocolVersion, ReqwestBuilderExt, WaitOutcome,
+    names,
 };
 use reqwest::{Client, Request, Response};
 use tower::{Service, ServiceExt};
@@ -15,7 +18,7 @@ use tower_layer::Layer;
 use tracing::Instrument;
 use tracing_subscriber::layer::SubscriberExt;
 
-use super::support::otel::{Spans, attribute};
+use super::support::otel::{Reader, Spans, attribute, is_child};
 use super::support::peers::{dialer, watched};
 use super::support::web::{Web, nothing, stream, text};
 use super::{plain, traced};
@@ -279,5 +282,98 @@ async fn a_callers_span_does_not_stay_open_because_its_connection_does() {
         assert_eq!(response.text().await.unwrap(), "hi");
         assert!(closed.load(SeqCst), "client {n}");
         assert_eq!(dialer(&conntrack, "c").open, 1);
+    }
+}
+
+/// With the pool's layer: how long a request waited in the pool, told by the pool itself.
+#[tokio::test]
+async fn a_request_that_had_to_dial_waited_and_one_that_found_a_connection_did_not() {
+    let spans = Spans::default();
+    let reader = Reader::cumulative();
+    let conntrack = traced(&spans)
+        .meter_provider(reader.provider())
+        .build()
+        .unwrap();
+    let layer = conntrack.stock_layer().unwrap();
+    let _default = tracing::subscriber::set_default(tracing_subscriber::registry().with(layer));
+    let address = Web::answering(|_| text("hi")).await;
+    let url = format!("http://{address}/");
+    let callers = Spans::default();
+    let provider = SdkTracerProvider::builder()
+        .with_simple_exporter(callers.clone())
+        .build();
+    let tracer = provider.tracer("app");
+    let client = client(&conntrack, "c");
+    let [tracked, _] = Tracked::both(&conntrack, "c", &client);
+    let mut facts = Vec::new();
+    for n in 0..2 {
+        let context = Context::new().with_span(tracer.start(format!("call {n}")));
+        let response = tracked.get(&url).with_context(context.clone()).await;
+        facts.push(*response.extensions().get::<RequestFacts>().unwrap());
+        assert_eq!(response.text().await.unwrap(), "hi");
+        context.span().end();
+    }
+    assert_eq!(
+        (facts[0].reused, facts[1].reused),
+        (Some(false), Some(true))
+    );
+    assert_eq!(facts[0].wait_outcome, Some(WaitOutcome::DeliveredNew));
+    assert!(facts[0].time_in_queue.unwrap() > Duration::ZERO);
+    assert_eq!(
+        (facts[1].wait_outcome, facts[1].time_in_queue),
+        (None, None)
+    );
+
+    let caller = callers.one("call 0");
+    let wait = spans.one("wait_for_connection");
+    assert_eq!(wait.name, format!("wait_for_connection {address}"));
+    assert!(is_child(&wait, &caller));
+    assert!(caller.start_time <= wait.start_time && wait.end_time <= caller.end_time);
+    let told = attribute(&wait, names::WAIT_OUTCOME);
+    assert_eq!(told.as_deref(), Some("delivered_new"));
+    assert_eq!(attribute(&wait, names::WAIT_DEPTH), None, "nobody says it");
+    let set_up = spans.one("connection_setup");
+    let [link] = &wait.links[..] else {
+        panic!("{:#?}", wait.links)
+    };
+    assert_eq!(link.span_context.span_id(), set_up.span_context.span_id());
+    let collected = reader.collect();
+    let outcome = [(names::WAIT_OUTCOME, "delivered_new")];
+    assert_eq!(collected.count(&names::TIME_IN_QUEUE, &outcome), 1);
+    assert_eq!(collected.count(&names::TIME_IN_QUEUE, &[]), 1);
+}
+
+#[tokio::test]
+async fn a_wait_that_is_given_up_is_told_as_cancelled() {
+    let spans = Spans::default();
+    let conntrack = traced(&spans).build().unwrap();
+    let layer = conntrack.stock_layer().unwrap();
+    let _default = tracing::subscriber::set_default(tracing_subscriber::registry().with(layer));
+    // It accepts and says nothing, so TLS never gets an answer.
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("https://{}/", silent.local_addr().unwrap());
+    let (_, trust) = super::support::tls::pair("shop.test");
+    let client = plain()
+        .tls_backend_preconfigured((*trust).clone())
+        .conntrack(&conntrack, "c")
+        .unwrap()
+        .build()
+        .unwrap();
+    let [tracked, middleware] = Tracked::both(&conntrack, "c", &client);
+    let provider = SdkTracerProvider::builder().build();
+    for (n, tracked) in [tracked, middleware].into_iter().enumerate() {
+        let context = Context::new().with_span(provider.tracer("app").start("call"));
+        let url = url.clone();
+        let request = async move { tracked.get(&url).await }.with_context(context);
+        // The other one wins, so the request is dropped.
+        tokio::select! {
+            _ = request => panic!("it has no answer"),
+            accepted = silent.accept() => drop(accepted.unwrap()),
+        }
+        assert_eq!(spans.named("wait_for_connection").len(), n + 1);
+    }
+    for wait in spans.named("wait_for_connection") {
+        let told = attribute(&wait, names::WAIT_OUTCOME);
+        assert_eq!(told.as_deref(), Some("cancelled"));
     }
 }

@@ -25,13 +25,14 @@
 //! The watch is on a thread while its request's future runs, and on the request otherwise: nothing is
 //! shared, so there is no lock and no allocation. A request that nobody watches costs a look at a cell.
 
-#![allow(dead_code)] // until its caller lands
+// Its caller is a feature.
+#![cfg_attr(not(feature = "reqwest"), allow(dead_code))]
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::message::PoolMessage;
-use super::{KeyCell, PoolEvents, layer};
+use super::{Key, KeyCell, PoolEvents, layer};
 use crate::event::{ProtocolVersion, WaitOutcome};
 
 /// Hears what the pool says of one request, from its first poll to the end of its future.
@@ -76,7 +77,11 @@ pub(super) struct Watching {
     waits: u32,
     /// The queue that it is in, by its key's place in memory, and since when.
     queue: Option<(usize, Instant)>,
+    /// The queue that it was in last.
+    last_queue: usize,
     waited: Duration,
+    /// When it last left a queue.
+    until: Option<Instant>,
     end: Option<WaitEnd>,
 }
 
@@ -106,6 +111,7 @@ impl Watching {
                 // waited all the while.
                 if self.queue.is_none() {
                     self.queue = Some((key, at()));
+                    self.last_queue = key;
                 }
             }
             PoolMessage::Reuse if from_list => {
@@ -124,7 +130,9 @@ impl Watching {
 
     fn leave(&mut self, end: WaitEnd, at: impl FnOnce() -> Instant) {
         if let Some((_, since)) = self.queue.take() {
-            self.waited += at().saturating_duration_since(since);
+            let until = at();
+            self.waited += until.saturating_duration_since(since);
+            self.until = Some(until);
             // What is not known of one wait is not known of all.
             if self.end != Some(WaitEnd::Silent) {
                 self.end = Some(end);
@@ -143,9 +151,20 @@ impl PoolEvents {
             from_list: false,
             waits: 0,
             queue: None,
+            last_queue: 0,
             waited: Duration::ZERO,
+            until: None,
             end: None,
         })
+    }
+
+    /// The key in whose queue a request was last; none if it was in none.
+    pub(crate) fn queue_of(&self, watch: &RequestWatch) -> Option<Key> {
+        let cells = self.shared.cells();
+        let cell = cells
+            .iter()
+            .find(|cell| Arc::as_ptr(cell) as usize == watch.0.last_queue);
+        cell.map(|cell| cell.key.clone())
     }
 }
 
@@ -185,6 +204,11 @@ impl RequestWatch {
     pub(crate) fn time_in_queue(&self) -> Option<Duration> {
         let over = self.wait_end().filter(|end| *end != WaitEnd::Silent);
         over.map(|_| self.0.waited)
+    }
+
+    /// When its last wait was over, if that is known.
+    pub(crate) fn until(&self) -> Option<Instant> {
+        self.time_in_queue().and(self.0.until)
     }
 
     /// How its last wait ended. None if there was none.
