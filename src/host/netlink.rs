@@ -67,7 +67,11 @@ impl Ask<'_> {
         let flags = NLM_F_REQUEST | if self.dump { NLM_F_DUMP } else { 0 };
         put(6, &flags.to_ne_bytes());
         put(8, &sequence.to_ne_bytes());
-        let extensions = if self.info { 1 << (INET_DIAG_INFO - 1) } else { 0 };
+        let extensions = if self.info {
+            1 << (INET_DIAG_INFO - 1)
+        } else {
+            0
+        };
         put(HEADER, &[self.family, IPPROTO_TCP, extensions]);
         put(HEADER + 4, &self.states.to_ne_bytes());
         const ID: usize = HEADER + 4;
@@ -127,7 +131,9 @@ impl<'a> Iterator for Messages<'a> {
                 },
                 // The end of a dump carries an error number too.
                 NLMSG_ERROR | NLMSG_DONE => match payload.first_chunk() {
-                    Some(number) => Message::End(sequence, i32::from_ne_bytes(*number).wrapping_neg()),
+                    Some(number) => {
+                        Message::End(sequence, i32::from_ne_bytes(*number).wrapping_neg())
+                    }
                     None => Message::Malformed,
                 },
                 _ => Message::Malformed,

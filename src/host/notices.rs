@@ -131,9 +131,84 @@ impl Notice<'_> {
 
 /// Has a socket destroyed, which costs no connection; gives back the cookie that its notice has.
 pub(crate) fn provoke() -> io::Result<u64> {
-    let socket = |family| {
-        rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)
-    };
+    let socket =
+        |family| rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None);
     let socket = socket(AddressFamily::INET).or_else(|_| socket(AddressFamily::INET6))?;
     Ok(socket_cookie(&socket)?)
+}
+
+/// A notice of this system, as it came.
+#[cfg(test)]
+pub(crate) fn example() -> Vec<u8> {
+    let mut notices = Notices::open(1 << 20).unwrap();
+    let cookie = provoke().unwrap();
+    loop {
+        let Heard::Notices(datagram) = notices.hear(None).unwrap() else {
+            panic!("it was lost");
+        };
+        let is_it = |notice: Option<Notice<'_>>| notice.is_some_and(|it| it.cookie() == cookie);
+        if datagram.notices().any(is_it) {
+            return datagram.0.to_vec();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read_all(bytes: &[u8]) -> usize {
+        let read = |notice: Option<Notice<'_>>| {
+            notice.map(|notice| (notice.cookie(), notice.key(), notice.tcp()))
+        };
+        Datagram::new(bytes).notices().map(read).count()
+    }
+
+    #[test]
+    fn a_notice_has_its_cookie_and_the_last_tcp_info() {
+        let bytes = example();
+        let notices: Vec<_> = Datagram::new(&bytes).notices().collect();
+        assert!(matches!(notices[..], [Some(notice)] if notice.tcp().is_some()));
+    }
+
+    /// Wherever it is cut off, there is an answer: without what is missing, or that it can't be read.
+    #[test]
+    fn a_notice_that_is_cut_off_is_no_harm() {
+        let bytes = example();
+        for length in 0..bytes.len() {
+            let cut = &bytes[..length];
+            let notices: Vec<_> = Datagram::new(cut).notices().collect();
+            assert!(matches!(notices[..], [] | [None]), "{length}");
+            // Also where it says itself that it is so short.
+            if let Some(said) = bytes[..length].to_vec().first_chunk_mut::<4>() {
+                *said = u32::try_from(length).unwrap().to_ne_bytes();
+                let mut short = cut.to_vec();
+                short[..4].copy_from_slice(said);
+                assert_eq!(read_all(&short), 1, "{length}");
+            }
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_datagram_is_too_wild(bytes: Vec<u8>) {
+            assert!(read_all(&bytes) <= bytes.len());
+        }
+
+        /// Near enough to a notice to be read further.
+        #[test]
+        fn no_notice_is_too_wild(
+            changes: Vec<(proptest::sample::Index, u8)>,
+            length in 0..600_usize,
+        ) {
+            static EXAMPLE: std::sync::LazyLock<Vec<u8>> = std::sync::LazyLock::new(example);
+            let mut bytes = EXAMPLE.repeat(2);
+            for (at, value) in changes {
+                let at = at.index(bytes.len());
+                bytes[at] = value;
+            }
+            bytes.truncate(length);
+            assert!(read_all(&bytes) <= bytes.len());
+        }
+    }
 }

@@ -28,11 +28,11 @@
 mod check;
 #[cfg(target_os = "linux")]
 mod kernel;
-#[cfg(target_os = "linux")]
-mod listen;
 #[cfg(not(target_os = "linux"))]
 #[path = "close_watch/no_kernel.rs"]
 mod kernel;
+#[cfg(target_os = "linux")]
+mod listen;
 mod table;
 #[cfg(all(test, target_os = "linux"))]
 mod tests;
