@@ -7,7 +7,7 @@ mod storms;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -21,7 +21,7 @@ use crate::record::{Recorder, Scope, lock};
 /// Longer than anything takes on a machine that is busy.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Held by tests that make storms of notices, and by those that they would disturb.
+/// Held by tests that make storms of notices, and by those that count on notices not being lost.
 static ALONE: Mutex<()> = Mutex::new(());
 
 /// A recorder, a watch, and every end that the recorder told.
@@ -30,6 +30,7 @@ struct World {
     scope: Arc<Scope>,
     watch: Arc<Watch>,
     ends: Receiver<End>,
+    alone: Option<MutexGuard<'static, ()>>,
 }
 
 /// A connection ended.
@@ -80,12 +81,19 @@ impl World {
             recorder,
             watch: Watch::new(limit, options),
             ends,
+            alone: None,
         }
     }
 
     /// With a listener that has heard its proof.
     fn hearing() -> Self {
-        let world = Self::new(Options::default());
+        Self::hearing_with(Options::default(), Arc::default())
+    }
+
+    fn hearing_with(options: Options, gate: Arc<Mutex<()>>) -> Self {
+        let alone = lock(&ALONE);
+        let mut world = Self::with(LIMIT, options, gate);
+        world.alone = Some(alone);
         world.prove();
         world
     }

@@ -10,15 +10,13 @@ use crate::host::notices::{self, Datagram};
 /// The listener is held up while more sockets end than it has room for.
 #[test]
 fn what_is_lost_in_an_overflow_is_found() {
-    let _alone = lock(&ALONE);
     const WATCHED: usize = 40;
     let gate: Arc<Mutex<()>> = Arc::default();
     let options = Options {
         receive_buffer: 1,
         ..Options::default()
     };
-    let world = World::with(LIMIT, options, gate.clone());
-    world.prove();
+    let world = World::hearing_with(options, gate.clone());
     let (held_up, _server) = pair("127.0.0.1:0");
     let held_up_tuple = tuple(&held_up);
     let mut expected = HashSet::from([world.watch(&held_up)]);
@@ -131,7 +129,6 @@ fn many_threads_that_open_and_close_see_each_end_once() {
 /// As many as this machine makes within a second.
 #[test]
 fn foreign_ends_are_counted_and_leave_nothing_behind() {
-    let _alone = lock(&ALONE);
     let world = World::hearing();
     let (client, _server) = pair("127.0.0.1:0");
     world.watch(&client);
@@ -151,11 +148,13 @@ fn foreign_ends_are_counted_and_leave_nothing_behind() {
     });
     drop(client);
     world.end();
-    let stats = world.stats();
-    println!("{provoked} in a second: {stats:?}");
-    assert!(stats.foreign_notices > 0);
-    // Each was heard, or is in an overflow.
-    assert!(stats.foreign_notices >= provoked || stats.overflows > 0);
+    // Each is heard, or is in an overflow.
+    until(|| {
+        let stats = world.stats();
+        stats.foreign_notices >= provoked || stats.overflows > 0
+    });
+    println!("{provoked} in a second: {:?}", world.stats());
+    assert!(world.stats().foreign_notices > 0);
     world.is_quiet();
 }
 
