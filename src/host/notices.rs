@@ -136,3 +136,87 @@ pub(crate) fn provoke() -> io::Result<u64> {
     let socket = socket(AddressFamily::INET).or_else(|_| socket(AddressFamily::INET6))?;
     Ok(socket_cookie(&socket)?)
 }
+
+/// A notice of this system, as it came.
+#[cfg(test)]
+pub(crate) fn example() -> Vec<u8> {
+    let mut notices = Notices::open(1 << 20).unwrap();
+    let mut cookie = provoke().unwrap();
+    loop {
+        match notices.hear(None).unwrap() {
+            Heard::Notices(datagram) => {
+                let is_it =
+                    |notice: Option<Notice<'_>>| notice.is_some_and(|it| it.cookie() == cookie);
+                if datagram.notices().any(is_it) {
+                    return datagram.0.to_vec();
+                }
+            }
+            // It may be among the lost.
+            _ => cookie = provoke().unwrap(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read_all(bytes: &[u8]) -> usize {
+        let mut count = 0;
+        for notice in Datagram::new(bytes).notices() {
+            count += 1;
+            if let Some(notice) = notice {
+                let _ = (notice.cookie(), notice.key(), notice.tcp());
+            }
+        }
+        count
+    }
+
+    #[test]
+    fn a_notice_has_its_cookie_and_the_last_tcp_info() {
+        let bytes = example();
+        let notices: Vec<_> = Datagram::new(&bytes).notices().collect();
+        assert!(matches!(notices[..], [Some(notice)] if notice.tcp().is_some()));
+    }
+
+    /// Wherever it is cut off, there is an answer: without what is missing, or that it can't be read.
+    #[test]
+    fn a_notice_that_is_cut_off_is_no_harm() {
+        let bytes = example();
+        for length in 0..bytes.len() {
+            let cut = &bytes[..length];
+            let notices: Vec<_> = Datagram::new(cut).notices().collect();
+            assert!(matches!(notices[..], [] | [None]), "{length}");
+            // Also where it says itself that it is so short.
+            if let Some(said) = bytes[..length].to_vec().first_chunk_mut::<4>() {
+                *said = u32::try_from(length).unwrap().to_ne_bytes();
+                let mut short = cut.to_vec();
+                short[..4].copy_from_slice(said);
+                assert_eq!(read_all(&short), 1, "{length}");
+            }
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_datagram_is_too_wild(bytes: Vec<u8>) {
+            assert!(read_all(&bytes) <= bytes.len());
+        }
+
+        /// Near enough to a notice to be read further.
+        #[test]
+        fn no_notice_is_too_wild(
+            changes: Vec<(proptest::sample::Index, u8)>,
+            length in 0..600_usize,
+        ) {
+            static EXAMPLE: std::sync::LazyLock<Vec<u8>> = std::sync::LazyLock::new(example);
+            let mut bytes = EXAMPLE.repeat(2);
+            for (at, value) in changes {
+                let at = at.index(bytes.len());
+                bytes[at] = value;
+            }
+            bytes.truncate(length);
+            assert!(read_all(&bytes) <= bytes.len());
+        }
+    }
+}

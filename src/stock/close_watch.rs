@@ -34,7 +34,8 @@ mod kernel;
 #[cfg(target_os = "linux")]
 mod listen;
 mod table;
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
+#[cfg(target_os = "linux")]
 mod tests;
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};

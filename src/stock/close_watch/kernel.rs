@@ -10,6 +10,7 @@
 //! check at the same time goes without. None is held while the table's are taken, but the
 //! listener's while the table's length is read, which takes none.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
@@ -18,7 +19,7 @@ use super::check::{self, Depth};
 use super::listen;
 use super::table::Identity;
 use super::{By, Watch, count};
-use crate::host::notices::Notices;
+use crate::host::notices::{self, Notices};
 use crate::host::sock_diag::Query;
 use crate::host::{Key, Seen, proc_tcp};
 use crate::record::close_watch::CloseWatchSource;
@@ -47,6 +48,8 @@ pub(super) struct Options {
     pub(super) idle: Duration,
     /// How long the first notice may take.
     pub(super) proof: Duration,
+    /// What brings it about; gives back its cookie.
+    pub(super) provoke: fn() -> io::Result<u64>,
 }
 
 impl Default for Options {
@@ -59,6 +62,7 @@ impl Default for Options {
             receive_buffer: 4 << 20,
             idle: Duration::from_secs(10),
             proof: Duration::from_secs(5),
+            provoke: notices::provoke,
         }
     }
 }

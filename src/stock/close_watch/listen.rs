@@ -9,23 +9,14 @@ use std::time::{Duration, Instant};
 use super::check::{self, Depth};
 use super::kernel::SHARE;
 use super::{By, Watch, count};
-use crate::host::notices::{self, Datagram, Heard, Notices};
+use crate::host::notices::{Datagram, Heard, Notices};
 
 /// How long to wait for the next notice where something else is to be done too.
 const TICK: Duration = Duration::from_millis(10);
 
 /// Hears until nothing was watched for a while. `behind`: ends may have come before the notices.
 pub(super) fn run(watch: &Watch, mut notices: Notices, behind: bool) {
-    let mut ear = Ear {
-        watch,
-        proof: Some(Proof {
-            cookie: notices::provoke().ok(),
-            by: Instant::now() + watch.kernel.options.proof,
-        }),
-        resync: behind.then_some(0),
-        resync_from: Instant::now(),
-        empty_since: None,
-    };
+    let mut ear = Ear::new(watch, behind);
     let capacity = notices.capacity();
     loop {
         let within = ear.within();
@@ -53,7 +44,7 @@ pub(super) fn run(watch: &Watch, mut notices: Notices, behind: bool) {
     }
 }
 
-struct Ear<'a> {
+pub(super) struct Ear<'a> {
     watch: &'a Watch,
     /// None once it was had.
     proof: Option<Proof>,
@@ -71,7 +62,21 @@ struct Proof {
     by: Instant,
 }
 
-impl Ear<'_> {
+impl<'a> Ear<'a> {
+    pub(super) fn new(watch: &'a Watch, behind: bool) -> Self {
+        let now = Instant::now();
+        Self {
+            watch,
+            proof: Some(Proof {
+                cookie: (watch.kernel.options.provoke)().ok(),
+                by: now + watch.kernel.options.proof,
+            }),
+            resync: behind.then_some(0),
+            resync_from: now,
+            empty_since: None,
+        }
+    }
+
     fn within(&self) -> Option<Duration> {
         if self.proof.is_some() || self.resync.is_some() {
             Some(TICK)
@@ -82,7 +87,7 @@ impl Ear<'_> {
         }
     }
 
-    fn take(&mut self, datagram: &Datagram<'_>) {
+    pub(super) fn take(&mut self, datagram: &Datagram<'_>) {
         let (table, counts) = (&self.watch.table, &self.watch.counts);
         if let Some(left) = &mut self.resync {
             *left = left.saturating_sub(1);
@@ -117,19 +122,15 @@ impl Ear<'_> {
         count(&self.watch.counts.overflows);
         // Nothing more is queued until the queue is empty, so that is what there is to read.
         self.resync = Some(capacity);
-        self.prove_again();
+        // Too many is proof enough that they come.
+        if self.proof.take().is_some() {
+            self.watch.kernel.proven();
+        }
     }
 
     fn drained(&mut self) {
         if let Some(left) = &mut self.resync {
             *left = 0;
-        }
-    }
-
-    /// The notice that would have been the proof may be among the lost.
-    fn prove_again(&mut self) {
-        if let Some(proof) = &mut self.proof {
-            proof.cookie = notices::provoke().ok();
         }
     }
 
