@@ -255,7 +255,8 @@ impl TransportMiddleware {
     fn layers(&self, hooks: Option<RequestHooks>, again: Option<Bytes>) -> Layers {
         let hop = Hop {
             transport: self.transport.clone(),
-            settings: self.settings.clone(),
+            #[cfg(feature = "reqwest-transport-cookies")]
+            cookies: self.settings.cookies.clone(),
             caller: Arc::new(Caller::current()),
             unseen: suppressed(),
             hooks,

@@ -140,7 +140,8 @@ impl ReqwestFront {
             Err(error) => {
                 let help = "it can't be a header's value; leave out line breaks and other control \
                             characters";
-                let error = ConfigError::new("user_agent", "..", help).with_source(error.into());
+                let error = ConfigError::new("user_agent", "(no header value)", help)
+                    .with_source(error.into());
                 self.bad = Some(error);
             }
         }

@@ -11,7 +11,6 @@ use tower_service::Service;
 
 use crate::outbound::caller::Caller;
 use crate::transport::body::ResponseBody;
-use crate::transport::front::builder::Settings;
 use crate::transport::front::error::Failure;
 use crate::transport::{RequestHooks, Transport};
 
@@ -20,7 +19,8 @@ use crate::transport::{RequestHooks, Transport};
 #[derive(Clone)]
 pub(super) struct Hop {
     pub(super) transport: Transport,
-    pub(super) settings: Arc<Settings>,
+    #[cfg(feature = "reqwest-transport-cookies")]
+    pub(super) cookies: Option<Arc<dyn reqwest::cookie::CookieStore>>,
     pub(super) caller: Arc<Caller>,
     /// The caller is a telemetry exporter.
     pub(super) unseen: bool,
@@ -41,7 +41,7 @@ impl Service<Request<reqwest::Body>> for Hop {
             request.extensions_mut().insert(hooks.clone());
         }
         #[cfg(feature = "reqwest-transport-cookies")]
-        let cookies = cookies::add(&self.settings, &mut request);
+        let cookies = cookies::add(self.cookies.as_ref(), &mut request);
         let caller = self.caller.clone();
         let sent = self.transport.send_for(caller, self.unseen, request);
         Box::pin(async move {
@@ -79,10 +79,10 @@ mod cookies {
 
     /// A request's own `Cookie` stays.
     pub(super) fn add(
-        settings: &Settings,
+        store: Option<&Arc<dyn CookieStore>>,
         request: &mut Request<reqwest::Body>,
     ) -> Option<Cookies> {
-        let store = settings.cookies.clone()?;
+        let store = store?.clone();
         let url = Url::parse(&request.uri().to_string()).ok()?;
         let headers = request.headers_mut();
         if !headers.contains_key(COOKIE)
