@@ -2,7 +2,6 @@
 //! reqwest does and that changes, so must the table.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use otel_conntrack::{FrontErrorKind, HttpVersions};
 use reqwest::{Client, Version};
@@ -10,7 +9,7 @@ use rustls::ClientConfig;
 
 use super::hostile::{Behaviour, Certificate, Command, Hostile, roots};
 use super::site::Site;
-use super::{Ours, front_error};
+use super::{LONG, Ours, front_error};
 
 pub(crate) fn trusting() -> ClientConfig {
     ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
@@ -53,14 +52,15 @@ async fn a_secret_that_was_left_behind_stays_there() {
 
 #[tokio::test]
 async fn a_slow_caller_is_no_slow_server() {
-    const SHORT: Duration = Duration::from_millis(200);
     let server = Hostile::start(Behaviour::Ok).await;
-    let ours = Ours::new(|t| t, |f| f.read_timeout(SHORT));
+    let ours = Ours::new(|t| t, |f| f.read_timeout(LONG));
     let mut response = ours.get(&server.uri("/hold-body")).await.unwrap();
     let mut body = response.chunk().await.unwrap().unwrap().to_vec();
     server.command(Command::Release);
     // This is the caller's own time.
-    tokio::time::sleep(2 * SHORT).await;
+    tokio::time::pause();
+    tokio::time::advance(2 * LONG).await;
+    tokio::time::resume();
     while let Some(more) = response.chunk().await.unwrap() {
         body.extend(more);
     }
@@ -76,19 +76,22 @@ fn length(response: &reqwest::Response) -> Option<u64> {
 #[tokio::test]
 async fn a_body_that_timed_out_has_no_connection_any_more() {
     let server = Hostile::start(Behaviour::Ok).await;
-    let short = Duration::from_millis(200);
-    let ours = Ours::new(|t| t.max_conns_per_host(1), |f| f.read_timeout(short));
+    let ours = Ours::new(|t| t.max_conns_per_host(1), |f| f.read_timeout(LONG));
     let mut response = ours.get(&server.uri("/hold-body")).await.unwrap();
+    assert!(response.chunk().await.unwrap().is_some());
+    // Nothing more comes: the clock jumps to where the time is over.
+    tokio::time::pause();
     let error = loop {
         match response.chunk().await {
             Ok(more) => assert!(more.is_some()),
             Err(error) => break error,
         }
     };
+    tokio::time::resume();
     assert!(error.is_timeout(), "{error:?}");
     let ours_said: &otel_conntrack::FrontError = super::source(&error);
     assert!(
-        matches!(ours_said.kind(), FrontErrorKind::ReadTimeout { timeout } if *timeout == short)
+        matches!(ours_said.kind(), FrontErrorKind::ReadTimeout { timeout } if *timeout == LONG)
     );
     // The response is kept, and yet there is room for the next request.
     let next = ours.get(&server.uri("/")).await.unwrap();

@@ -59,7 +59,7 @@ impl Ours {
 #[tokio::test]
 async fn a_wait_that_is_too_long_is_an_error_that_gives_the_request_back() {
     let server = Hostile::start(Behaviour::NeverAnswer).await;
-    let wait = Duration::from_millis(50);
+    let wait = Duration::from_secs(1);
     let ours = Ours::new(|t| t.max_conns_per_host(1).wait_timeout(wait), |f| f);
     let held = tokio::spawn(ours.client.get(server.uri("/")).send());
     server.wait_requests(1).await;

@@ -28,6 +28,9 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use super::LONG;
 
 type Body = BoxBody<Bytes, hyper::Error>;
 
@@ -39,6 +42,8 @@ pub(crate) const TEXT: &str = "see every connection, see every connection, see e
 pub(crate) struct Site {
     address: SocketAddr,
     asked: Arc<Mutex<Vec<String>>>,
+    /// How many requests came that are never answered.
+    never: Arc<watch::Sender<usize>>,
 }
 
 impl Site {
@@ -47,15 +52,16 @@ impl Site {
         let site = Self {
             address: listener.local_addr().unwrap(),
             asked: Arc::default(),
+            never: Arc::default(),
         };
-        let asked = site.asked.clone();
+        let served = site.clone();
         tokio::spawn(async move {
             while let Ok((tcp, _)) = listener.accept().await {
-                let asked = asked.clone();
+                let site = served.clone();
                 tokio::spawn(async move {
                     let service = service_fn(|request| {
-                        let asked = asked.clone();
-                        async move { Ok::<_, Infallible>(answer(request, &asked).await) }
+                        let site = site.clone();
+                        async move { Ok::<_, Infallible>(site.answer(request).await) }
                     });
                     let builder = auto::Builder::new(TokioExecutor::new());
                     let _ = builder.serve_connection(TokioIo::new(tcp), service).await;
@@ -82,6 +88,72 @@ impl Site {
     pub(crate) fn asked(&self) -> Vec<String> {
         std::mem::take(&mut *self.asked.lock().unwrap())
     }
+
+    /// Waits until so many requests came in all that are never answered.
+    pub(crate) async fn wait_never(&self, n: usize) {
+        let mut never = self.never.subscribe();
+        let come = tokio::time::timeout(LONG, never.wait_for(|come| *come >= n)).await;
+        assert!(come.is_ok(), "it does not come");
+    }
+
+    async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
+        let (head, body) = request.into_parts();
+        if head.uri.path() == "/echo" {
+            self.asked.lock().unwrap().push(told(&head, "..."));
+            return Response::new(body.boxed());
+        }
+        let query = head.uri.query().unwrap_or_default().to_owned();
+        let multipart = head.headers.get(header::CONTENT_TYPE);
+        let multipart = multipart.is_some_and(|value| value.as_bytes().starts_with(b"multipart"));
+        let body = match body.collect().await {
+            Ok(body) => body.to_bytes(),
+            Err(_) => Bytes::from("broken"),
+        };
+        let body = if multipart || body.len() > 200 {
+            format!("{} bytes", body.len())
+        } else {
+            String::from_utf8_lossy(&body).into_owned()
+        };
+        let told = told(&head, &body);
+        if head.uri.path() != "/unseen" {
+            self.asked.lock().unwrap().push(told.clone());
+        }
+        match head.uri.path() {
+            "/redirect" if query.starts_with('3') => redirect(&query),
+            "/cookies" => {
+                let mut response = full("kept");
+                for cookie in query.split('&') {
+                    let cookie = cookie.replace("%20", " ");
+                    let cookie = HeaderValue::from_str(&cookie).unwrap();
+                    response.headers_mut().append(header::SET_COOKIE, cookie);
+                }
+                response
+            }
+            "/status" => {
+                let mut response = full("");
+                *response.status_mut() = query.parse().unwrap();
+                response
+            }
+            "/stuck" => {
+                let half = stream::iter([Ok(Frame::data(Bytes::from("half")))]);
+                let mut response = Response::new(BodyExt::boxed(StreamBody::new(
+                    half.chain(stream::pending()),
+                )));
+                let headers = response.headers_mut();
+                headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("8"));
+                response
+            }
+            "/loop" => redirect("302&to=/loop"),
+            "/never" => {
+                self.never.send_modify(|n| *n += 1);
+                std::future::pending().await
+            }
+            path => match compressed(path) {
+                Some(bytes) => encoded(&path[1..], &query, bytes),
+                None => full(&told),
+            },
+        }
+    }
 }
 
 /// The request, line by line.
@@ -103,62 +175,6 @@ fn told(head: &http::request::Parts, body: &str) -> String {
     }
     text.push_str(body);
     text
-}
-
-async fn answer(request: Request<Incoming>, asked: &Mutex<Vec<String>>) -> Response<Body> {
-    let (head, body) = request.into_parts();
-    if head.uri.path() == "/echo" {
-        asked.lock().unwrap().push(told(&head, "..."));
-        return Response::new(body.boxed());
-    }
-    let query = head.uri.query().unwrap_or_default().to_owned();
-    let multipart = head.headers.get(header::CONTENT_TYPE);
-    let multipart = multipart.is_some_and(|value| value.as_bytes().starts_with(b"multipart"));
-    let body = match body.collect().await {
-        Ok(body) => body.to_bytes(),
-        Err(_) => Bytes::from("broken"),
-    };
-    let body = if multipart || body.len() > 200 {
-        format!("{} bytes", body.len())
-    } else {
-        String::from_utf8_lossy(&body).into_owned()
-    };
-    let told = told(&head, &body);
-    if head.uri.path() != "/unseen" {
-        asked.lock().unwrap().push(told.clone());
-    }
-    match head.uri.path() {
-        "/redirect" if query.starts_with('3') => redirect(&query),
-        "/cookies" => {
-            let mut response = full("kept");
-            for cookie in query.split('&') {
-                let cookie = cookie.replace("%20", " ");
-                let cookie = HeaderValue::from_str(&cookie).unwrap();
-                response.headers_mut().append(header::SET_COOKIE, cookie);
-            }
-            response
-        }
-        "/status" => {
-            let mut response = full("");
-            *response.status_mut() = query.parse().unwrap();
-            response
-        }
-        "/stuck" => {
-            let half = stream::iter([Ok(Frame::data(Bytes::from("half")))]);
-            let mut response = Response::new(BodyExt::boxed(StreamBody::new(
-                half.chain(stream::pending()),
-            )));
-            let headers = response.headers_mut();
-            headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("8"));
-            response
-        }
-        "/loop" => redirect("302&to=/loop"),
-        "/never" => std::future::pending().await,
-        path => match compressed(path) {
-            Some(bytes) => encoded(&path[1..], &query, bytes),
-            None => full(&told),
-        },
-    }
 }
 
 fn redirect(query: &str) -> Response<Body> {
