@@ -75,6 +75,7 @@
 //! | `otlp-tls` | no | `https` endpoints for OTLP |
 //! | `axum`, `tonic` | no | their listener and connect-info traits |
 //! | `stock` | no | [`stock`]: pool events of unmodified reqwest and hyper-util clients |
+//! | `reqwest-transport` | no | [`TransportMiddleware`]: reqwest's API over [`Transport`]; `reqwest-transport-cookies`, `-gzip`, `-brotli`, `-deflate`, `-zstd` for more of it |
 //! | `serde` | no | snapshots and events serialise |
 //!
 //! Without default features the crate is the vocabulary, the record and [`TrackedIo`].
@@ -85,6 +86,7 @@
         feature = "net",
         feature = "transport",
         feature = "prometheus",
+        feature = "reqwest-transport",
         feature = "stock"
     )),
     allow(rustdoc::broken_intra_doc_links)
@@ -165,6 +167,13 @@ pub use transport::body::ResponseBody;
 pub use transport::config::{HttpVersions, Reuse, TransportBuilder};
 #[cfg(feature = "transport")]
 pub use transport::error::{TransportError, TransportErrorKind};
+#[cfg(feature = "reqwest-transport")]
+pub use transport::front::{
+    TransportMiddleware,
+    builder::ReqwestFront,
+    error::{FrontError, FrontErrorKind},
+    redirect::{RedirectAction, RedirectAttempt, RedirectPolicy},
+};
 #[cfg(feature = "transport")]
 pub use transport::{RequestHooks, Transport};
 

@@ -44,6 +44,9 @@ pub(crate) struct Connection {
     /// The set-up span, written before anybody can use the connection.
     pub(crate) trace: OnceLock<TraceRef>,
     pub(crate) socket: SocketSlot,
+    /// Its addresses as hyper-util says them, which reqwest's responses look for.
+    #[cfg(feature = "reqwest-transport")]
+    pub(crate) http_info: OnceLock<Box<hyper_util::client::legacy::connect::HttpInfo>>,
     /// What the kernel said last, where it said something at the end.
     last_tcp: OnceLock<Box<TcpInfo>>,
     pill: Mutex<Pill>,
@@ -137,6 +140,8 @@ impl Connection {
             closed: OnceLock::new(),
             trace: OnceLock::new(),
             socket: SocketSlot::default(),
+            #[cfg(feature = "reqwest-transport")]
+            http_info: OnceLock::new(),
             last_tcp: OnceLock::new(),
             pill: Mutex::default(),
             phases: Mutex::default(),

@@ -459,12 +459,16 @@ async fn connect(
     let Some(proxy) = origin.route.proxy() else {
         let tcp = shell.dialer.dial(attempt, &origin.key.target).await?;
         let (local, peer) = (tcp.local_endpoint(), tcp.peer_endpoint());
+        #[cfg(feature = "reqwest-transport")]
+        keep_http_info(attempt, &tcp);
         let stream = secure_any(shell, origin, attempt, Plain::Tcp(tcp)).await?;
         return Ok(stream.with_ends(local, peer));
     };
     let address = Target::new(proxy.host().clone(), proxy.port());
     let tcp = shell.dialer.dial(attempt, &address).await?;
     let (local, peer) = (tcp.local_endpoint(), tcp.peer_endpoint());
+    #[cfg(feature = "reqwest-transport")]
+    keep_http_info(attempt, &tcp);
     let mut plain = Plain::Tcp(tcp);
     if proxy.tls() {
         plain = Plain::Other(secure_proxy(shell, attempt, proxy, plain).await?);
@@ -477,6 +481,16 @@ async fn connect(
         }
     };
     Ok(stream.with_ends(local, peer))
+}
+
+/// Keeps what hyper-util makes of a stream: `HttpInfo`, which can't be made otherwise.
+#[cfg(feature = "reqwest-transport")]
+fn keep_http_info(attempt: &Attempt, tcp: &tokio::net::TcpStream) {
+    let mut extras = http::Extensions::new();
+    hyper_util::client::legacy::connect::Connection::connected(tcp).get_extras(&mut extras);
+    if let Some(info) = extras.remove() {
+        let _ = attempt.connection().http_info.set(Box::new(info));
+    }
 }
 
 /// Goes through a tunnel.

@@ -11,6 +11,7 @@
 //! | [`body`] | bodies sent and received |
 //! | [`key`] | which connections can serve a request |
 //! | [`config`], [`error`], [`proxy`] | settings, failures, proxies |
+//! | `front` | reqwest's API over it (feature `reqwest-transport`) |
 //!
 //! Who owns what: a `Transport` (all clones together) owns the right to be served; when the last is
 //! dropped, idle connections are closed. A [`lease::Lease`] owns a connection's sender while a
@@ -21,6 +22,8 @@ pub(crate) mod body;
 pub(crate) mod config;
 pub(crate) mod dial;
 pub(crate) mod error;
+#[cfg(feature = "reqwest-transport")]
+pub(crate) mod front;
 pub(crate) mod h2_frames;
 pub(crate) mod io;
 pub(crate) mod key;
@@ -31,6 +34,7 @@ pub(crate) mod proxy;
 pub(crate) mod request;
 pub(crate) mod shell;
 
+use std::borrow::Borrow;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -167,21 +171,35 @@ impl Transport {
     /// it was not.
     pub fn send<B>(
         &self,
-        mut request: Request<B>,
+        request: Request<B>,
     ) -> impl Future<Output = Result<Response<ResponseBody>, TransportError>> + Send + use<B>
     where
         B: Body + Send + 'static,
         B::Error: Into<BoxError>,
     {
+        self.send_for(Caller::current(), suppressed(), request)
+    }
+
+    /// As [`send`](Self::send), for this caller, whichever is current.
+    pub(crate) fn send_for<B, C>(
+        &self,
+        caller: C,
+        unseen: bool,
+        mut request: Request<B>,
+    ) -> impl Future<Output = Result<Response<ResponseBody>, TransportError>> + Send + use<B, C>
+    where
+        B: Body + Send + 'static,
+        B::Error: Into<BoxError>,
+        C: Borrow<Caller> + Send,
+    {
         let transport = self.clone();
-        let (caller, unseen) = (Caller::current(), suppressed());
         let hooks = request.extensions_mut().remove::<RequestHooks>();
         let hooks = hooks.map(|hooks| hooks.0.into());
         // In one place from here to hyper: a request is large, and each move of it is a copy.
         let mut outgoing = Outgoing::new(request);
         async move {
             let shell = transport.0.shell(unseen);
-            request::send(shell, &caller, hooks, &mut outgoing).await
+            request::send(shell, caller.borrow(), hooks, &mut outgoing).await
         }
     }
 
@@ -277,6 +295,11 @@ impl fmt::Debug for Transport {
 pub struct RequestHooks(Vec<Arc<dyn Observer>>);
 
 impl RequestHooks {
+    /// Hooks with one observer: to hand on with a request that is not an [`http::Request`] yet.
+    pub fn new(observer: impl Observer) -> Self {
+        Self(vec![Arc::new(observer)])
+    }
+
     /// Adds an observer to a request; those that it has are called before it.
     pub fn add<B>(request: &mut Request<B>, observer: impl Observer) {
         let extensions = request.extensions_mut();
