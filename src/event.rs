@@ -25,8 +25,8 @@ pub use self::facts::{
     Target, TlsFacts, TraceRef,
 };
 pub use self::pool::{
-    ActiveSnapshot, GaugeSource, KeySnapshot, PoolEvent, PoolEventKind, PoolKey, PoolLimit,
-    PoolSnapshot, RequestId, WaitOutcome,
+    ActiveSnapshot, GaugeSource, InFlightSnapshot, KeySnapshot, PoolEvent, PoolEventKind, PoolKey,
+    PoolLimit, PoolSnapshot, RequestId, WaitOutcome,
 };
 pub(crate) use self::reason::reasons;
 pub use self::reason::{AcceptErrorReason, CloseReason, FailureReason, RejectReason};

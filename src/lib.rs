@@ -74,7 +74,8 @@
 //! | `tls` | no | TLS by rustls in the dialer |
 //! | `otlp-tls` | no | `https` endpoints for OTLP |
 //! | `axum`, `tonic` | no | their listener and connect-info traits |
-//! | `stock` | no | [`stock`]: pool events of unmodified reqwest and hyper-util clients |
+//! | `stock` | no | [`stock`]: pool events of unmodified reqwest and hyper-util clients; with `hyper`, [`InFlightLimit`] |
+//! | `reqwest` | no | [`ReqwestBuilderExt`]: the connections of reqwest as it is; `reqwest-blocking`, `-rustls`, `-middleware` for more of it |
 //! | `reqwest-transport` | no | [`TransportMiddleware`]: reqwest's API over [`Transport`]; `reqwest-transport-cookies`, `-gzip`, `-brotli`, `-deflate`, `-zstd` for more of it |
 //! | `serde` | no | snapshots and events serialise |
 //!
@@ -101,6 +102,8 @@ mod host;
 #[cfg(feature = "net")]
 mod inbound;
 mod io;
+#[cfg(any(feature = "transport", feature = "stock"))]
+mod list;
 mod observer;
 mod outbound;
 mod record;
@@ -122,9 +125,9 @@ pub use conntrack::{Conntrack, TrackError};
 pub use event::{
     AcceptErrorReason, ActiveSnapshot, CloseReason, ConnectionEvent, ConnectionEventKind,
     ConnectionId, ConnectionState, Direction, Endpoint, Event, FailureReason, GaugeSource,
-    Initiator, IoLayer, KeySnapshot, PoolEvent, PoolEventKind, PoolKey, PoolLimit, PoolSnapshot,
-    ProtocolVersion, RejectReason, RequestId, Target, TcpInfo, TcpState, TlsFacts, TraceRef,
-    WaitOutcome,
+    InFlightSnapshot, Initiator, IoLayer, KeySnapshot, PoolEvent, PoolEventKind, PoolKey,
+    PoolLimit, PoolSnapshot, ProtocolVersion, RejectReason, RequestId, Target, TcpInfo, TcpState,
+    TlsFacts, TraceRef, WaitOutcome,
 };
 #[cfg(feature = "net")]
 pub use inbound::listener::{Accept, Listener, ListenerBuilder, SocketOptions, WhenFull};
@@ -152,6 +155,11 @@ pub use record::timeline::{Moment, TimelineEntry};
 pub use reqwest_builder::ReqwestBuilderExt;
 #[cfg(feature = "net")]
 pub use socket::Keepalive;
+#[cfg(all(feature = "stock", feature = "hyper"))]
+pub use stock::limit::{
+    InFlightBody, InFlightError, InFlightFuture, InFlightLimit, InFlightLimitBuilder,
+    InFlightLimitError, InFlightService,
+};
 #[cfg(feature = "otlp")]
 pub use telemetry::guard::{ConntrackGuard, ShutdownError};
 #[cfg(feature = "otel")]

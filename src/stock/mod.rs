@@ -4,6 +4,7 @@
 //! - `pool` carries that to observers, snapshots and metrics.
 //! - `reqwest` is the layer around reqwest's connector: set-up, addresses. `set_up` knows the steps of
 //!   a set-up, as told by `connect_events` (`tracing`) and `dns` (a resolver of the user's).
+//! - [`InFlightLimit`](crate::InFlightLimit) bounds its requests in flight, and shows who waits.
 //! - `close_watch` learns when connections end that cannot be wrapped.
 //! - `requests` tells which connection served a request, `held` until when.
 
@@ -18,6 +19,8 @@ mod connect_events;
 mod dns;
 #[cfg(feature = "reqwest")]
 pub(crate) mod held;
+#[cfg(feature = "hyper")]
+pub(crate) mod limit;
 #[cfg(feature = "reqwest")]
 mod requests;
 #[cfg(feature = "reqwest")]
