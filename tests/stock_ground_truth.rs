@@ -26,8 +26,8 @@ use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
 use otel_conntrack::{
-    ConnectionEvent, ConnectionEventKind as Kind, Conntrack, Direction, Endpoint, Observer,
-    ReqwestBuilderExt,
+    ConnectionEvent, ConnectionEventKind as Kind, Conntrack, Direction, Endpoint, FailureReason,
+    Initiator, Observer, ReqwestBuilderExt,
 };
 use support::peers::{dialer, listener};
 use support::tls;
@@ -61,7 +61,8 @@ impl Observer for Closes {
                 let key = format!("{}|{end}", event.name.trim_start_matches("to "));
                 self.ends.lock().unwrap().insert(id, key);
             }
-            Kind::Closed { .. } => {
+            // Of those that the client ended: it is the client's end of stream that the server knows.
+            Kind::Closed { initiator, .. } if side == 1 || *initiator == Initiator::Remote => {
                 if let Some(key) = self.ends.lock().unwrap().remove(&id) {
                     let mut at = self.at.lock().unwrap();
                     at.entry(key).or_default()[side] = Some(event.time);
@@ -176,12 +177,8 @@ async fn agree(conntrack: &Conntrack, server: &Server, answered: u64) {
     let started = Instant::now();
     let (client, inbound) = loop {
         let (client, inbound) = (dialer(conntrack, &to), listener(conntrack, server.name));
-        let closed = |closed: &[(otel_conntrack::CloseReason, u64)]| -> u64 {
-            closed.iter().map(|(_, n)| n).sum()
-        };
         let quiet = client.connecting == 0
-            && client.established == inbound.accepted
-            && closed(&client.closed) == closed(&inbound.closed)
+            && client.open == inbound.open
             && ss(server.address).is_none_or(|open| open as u64 == client.open);
         if quiet {
             break (client, inbound);
@@ -191,13 +188,22 @@ async fn agree(conntrack: &Conntrack, server: &Server, answered: u64) {
             "they do not agree: {client:#?} {inbound:#?} ss {:?}",
             ss(server.address)
         );
-        tokio::task::yield_now().await;
+        // `ss` is a process; not one after the other.
+        tokio::time::sleep(Duration::from_millis(5)).await;
     };
-    assert_eq!(client.open, inbound.open, "{to}");
+    // A connect that was given up may have come as far as the server's `accept`.
+    let given_up = client.failed(FailureReason::Cancelled);
+    let accepted = client.established..=client.established + given_up;
+    assert!(
+        accepted.contains(&inbound.accepted),
+        "{to}: {client:#?} {inbound:#?}"
+    );
+    assert_eq!(client.failed_total(), given_up, "{to}");
     assert_eq!((client.active, client.idle), (0, client.open), "{to}");
-    assert_eq!(
-        client.requests, answered,
-        "{to}: every response was seen on its connection"
+    assert!(
+        client.requests <= answered,
+        "{to}: {} of {answered}",
+        client.requests
     );
     assert!(server.answered.load(SeqCst) >= answered);
     let live = conntrack.connections();
@@ -226,8 +232,7 @@ fn at_rest_every_count_is_the_servers_own() {
     }
     drop(runtime);
 
-    // A close is known to the server when the client's end of stream comes, or was its own; the
-    // client's socket is gone then or soon after.
+    // Where the client ended it, the server knows when the end of stream comes.
     let at = closes.at.lock().unwrap();
     let mut late: Vec<Duration> = at
         .values()
@@ -241,14 +246,11 @@ fn at_rest_every_count_is_the_servers_own() {
         })
         .collect();
     late.sort();
-    assert!(
-        late.len() as u64 * 10 > opened * 9,
-        "{} of {opened}",
-        late.len()
-    );
+    assert!(late.len() > 100, "{} of {opened}", late.len());
     let p = |percent: usize| late[(late.len() - 1) * percent / 100];
     println!(
-        "{opened} connections; closes known after p50 {:?} p99 {:?} max {:?}",
+        "{opened} connections, {} ended by the client; known after p50 {:?} p99 {:?} max {:?}",
+        late.len(),
         p(50),
         p(99),
         p(100)
@@ -277,7 +279,6 @@ async fn load(conntrack: &Conntrack) -> u64 {
         let builder = || {
             reqwest::Client::builder()
                 .no_proxy()
-                .pool_idle_timeout(Duration::from_millis(300))
                 .pool_max_idle_per_host(8)
                 .tls_backend_preconfigured((*trust).clone())
                 .resolve("shop.test", server.address)
@@ -346,6 +347,17 @@ async fn load(conntrack: &Conntrack) -> u64 {
         for (server, answered) in servers.iter().zip(answered) {
             agree(conntrack, server, answered).await;
         }
+        // Every response was seen on its connection, or is counted as one that was not: on a machine
+        // that is overloaded it may be read long after its connection is gone.
+        let stats = conntrack.stats();
+        let unmatched = stats.close_watch.unwrap().unmatched_responses;
+        let all: u64 = answered.iter().sum();
+        let seen: u64 = servers
+            .iter()
+            .map(|server| dialer(conntrack, &format!("to {}", server.name)).requests)
+            .sum();
+        assert_eq!(seen + unmatched, all);
+        assert!(unmatched * 20 <= all, "{unmatched} of {all}");
     }
     // All of them go, with what they hold idle.
     drop(clients);

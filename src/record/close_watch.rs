@@ -71,4 +71,8 @@ pub struct CloseWatchStats {
     /// Connections that are not watched, since 100 000 are already; they count as closed, with the
     /// reason [`Untracked`](crate::CloseReason::Untracked).
     pub untracked: u64,
+    /// Responses that [`ReqwestRequests`](crate::stock::ReqwestRequests) saw and whose connection was
+    /// gone for longer than an end is held back for them (80 ms), or never was tracked: no connection
+    /// counts them.
+    pub unmatched_responses: u64,
 }

@@ -19,6 +19,10 @@
 //! A connection is known by its socket's cookie, which no other socket ever has. Where the kernel does
 //! not tell it (no netlink; a socket bound to a device), it is known by its ends alone.
 //!
+//! A response may reach whoever asked a moment after its connection is gone, and it is known by that
+//! connection's ends alone. So while responses are awaited, what a notice ended stays for a moment
+//! (`lingering`), and its close is told then.
+//!
 //! Both paths of a request are kept short: a new connection costs one question to the kernel (3 µs), a
 //! response one look-up under a shard's lock.
 //!
@@ -31,6 +35,7 @@ mod kernel;
 #[cfg(not(target_os = "linux"))]
 #[path = "close_watch/no_kernel.rs"]
 mod kernel;
+mod lingering;
 #[cfg(target_os = "linux")]
 mod listen;
 mod table;
@@ -42,6 +47,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, LazyLock};
 
 use self::kernel::{Kernel, Options};
+use self::lingering::Lingering;
 use self::table::{Identity, Table};
 use crate::event::TcpInfo;
 use crate::host::Key;
@@ -61,14 +67,19 @@ pub(crate) fn watch(tuple: Tuple, guard: ConnectionGuard) {
     WATCH.watch(&tuple, guard);
 }
 
-/// The connection between these ends, while it is open.
+/// The connection between these ends, while it is open, for the response that came on it.
 pub(crate) fn find(tuple: &Tuple) -> Option<Arc<Connection>> {
-    WATCH.find(tuple)
+    let found = WATCH.find(tuple);
+    if found.is_none() {
+        count(&WATCH.counts.unmatched);
+    }
+    found
 }
 
 /// A watch; the process has one, tests have their own.
 struct Watch {
     table: Table,
+    lingering: Lingering,
     limit: usize,
     kernel: Kernel,
     counts: Counts,
@@ -87,6 +98,7 @@ struct Counts {
     checks: AtomicU64,
     ended: [AtomicU64; 3],
     untracked: AtomicU64,
+    unmatched: AtomicU64,
 }
 
 /// How an end became known.
@@ -102,6 +114,7 @@ impl Watch {
     fn new(limit: usize, options: Options) -> Arc<Self> {
         Arc::new(Self {
             table: Table::default(),
+            lingering: Lingering::default(),
             limit,
             kernel: Kernel::new(options),
             counts: Counts::default(),
@@ -127,7 +140,8 @@ impl Watch {
     }
 
     fn find(&self, tuple: &Tuple) -> Option<Arc<Connection>> {
-        self.table.find(&Key::from(tuple))
+        let key = Key::from(tuple);
+        self.table.find(&key).or_else(|| self.lingering.find(&key))
     }
 
     /// Ends what a check found, if it is still there.
@@ -168,6 +182,7 @@ impl CloseWatch for Watch {
             ended_by_check: load(&counts.ended[By::Check as usize]),
             ended_by_reuse: load(&counts.ended[By::Reuse as usize]),
             untracked: load(&counts.untracked),
+            unmatched_responses: load(&counts.unmatched),
         }
     }
 }

@@ -110,6 +110,7 @@ impl ReqwestRequests {
     }
 
     fn errand(&self) -> Errand {
+        self.shared.scope.awaits(true);
         Errand {
             caller: Caller::current(),
             watch: self.shared.pool.events().map(PoolEvents::watch_request),
@@ -124,6 +125,13 @@ struct Errand {
     /// None where nobody hears the pool, and once the request is over.
     watch: Option<RequestWatch>,
     requests: ReqwestRequests,
+}
+
+/// Its connection is known, or never will be.
+impl Drop for Errand {
+    fn drop(&mut self) {
+        self.requests.shared.scope.awaits(false);
+    }
 }
 
 impl Errand {

@@ -1,8 +1,8 @@
 //! The listener: the one thread that hears the kernel's notices.
 //!
 //! It blocks in the kernel without a time limit while something is watched and nothing is amiss.
-//! Only three things make it look at the clock: the proof that notices come at all, an overflow, and
-//! an empty table.
+//! Only four things make it look at the clock: the proof that notices come at all, an overflow, ends
+//! that are held back for a response, and an empty table.
 
 use std::time::{Duration, Instant};
 
@@ -38,6 +38,7 @@ pub(super) fn run(watch: &Watch, mut notices: Notices, behind: bool) {
             };
         }
         ear.resync(now);
+        ear.end_lingering(now);
         if ear.was_empty(now) && watch.kernel.leave(watch) {
             return;
         }
@@ -78,7 +79,8 @@ impl<'a> Ear<'a> {
     }
 
     fn within(&self) -> Option<Duration> {
-        if self.proof.is_some() || self.resync.is_some() {
+        let busy = self.proof.is_some() || self.resync.is_some();
+        if busy || !self.watch.lingering.is_empty() {
             Some(TICK)
         } else if self.watch.table.len() == 0 {
             Some(self.watch.kernel.options.idle)
@@ -98,11 +100,13 @@ impl<'a> Ear<'a> {
                 continue;
             };
             let cookie = notice.cookie();
-            let mut ended = table.take_cookie(cookie);
-            if ended.is_empty() && table.without_cookie() > 0 {
-                ended = table.take_without_cookie(&notice.key());
+            let lingering = &self.watch.lingering;
+            let mut hold = |key, guard| lingering.hold(key, guard, notice.tcp());
+            let mut ended = table.take_cookie(cookie, &mut hold);
+            if ended.is_none() && table.without_cookie() > 0 {
+                ended = table.take_without_cookie(&notice.key(), &mut hold);
             }
-            if !ended.is_empty() {
+            if let Some(ended) = ended {
                 self.empty_since = None;
                 count(&counts.notices);
                 self.watch.end(ended, By::Notice, notice.tcp());
@@ -145,6 +149,13 @@ impl<'a> Ear<'a> {
         count(&self.watch.counts.resyncs);
         self.resync_from = now + now.elapsed() * SHARE;
         self.watch.end_all(ended, By::Check);
+    }
+
+    /// Ends what was held back for its response.
+    fn end_lingering(&self, now: Instant) {
+        for gone in self.watch.lingering.due(now) {
+            self.watch.end(vec![gone.guard], By::Notice, gone.tcp);
+        }
     }
 
     /// Whether nothing has been watched for as long as a listener stays.

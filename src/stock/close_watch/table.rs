@@ -1,6 +1,6 @@
 //! What is watched, found by its ends or by its cookie.
 //!
-//! Lock order: the cookies, then one shard. [`find`](Table::find), which every response calls, takes
+//! Lock order: the cookies, then one shard, then what lingers. [`find`](Table::find), which every response calls, takes
 //! one shard only. Guards are given back, never ended here: their end calls foreign code.
 
 use std::collections::HashMap;
@@ -45,6 +45,13 @@ impl Identity {
     pub(super) const fn get(self) -> u64 {
         self.0.get()
     }
+}
+
+/// Takes over what is taken out, while its shard is locked, or gives it back. Calls nothing foreign.
+pub(super) type Hold<'a> = &'a mut dyn FnMut(Key, ConnectionGuard) -> Result<(), ConnectionGuard>;
+
+const fn none_held(_: Key, guard: ConnectionGuard) -> Result<(), ConnectionGuard> {
+    Err(guard)
 }
 
 struct Entry {
@@ -98,9 +105,8 @@ impl Table {
         let hash = self.hash(&key);
         let mut cookies = lock(&self.cookies);
         let mut shard = self.shard(hash);
-        let replaced = self.remove(&mut cookies, &mut shard, hash, |entry| {
-            entry.key == key && entry.identity != identity
-        });
+        let other = |entry: &Entry| entry.key == key && entry.identity != identity;
+        let replaced = self.remove(&mut cookies, &mut shard, hash, other, &mut none_held);
         if identity.is_cookie() {
             cookies.insert(identity.get(), hash);
         } else {
@@ -112,7 +118,7 @@ impl Table {
             guard,
         };
         shard.insert_unique(hash, entry, |entry| self.hash(&entry.key));
-        replaced
+        replaced.unwrap_or_default()
     }
 
     /// The connection between these ends.
@@ -123,36 +129,42 @@ impl Table {
         Some(entry.guard.connection().clone())
     }
 
-    /// Takes out what is watched of the socket with this cookie. One look-up where there is nothing:
-    /// it is called for every socket of the host that ends.
-    pub(super) fn take_cookie(&self, cookie: u64) -> Vec<ConnectionGuard> {
+    /// Takes out what is watched of the socket with this cookie; none if that is nothing. One look-up
+    /// then: it is called for every socket of the host that ends.
+    pub(super) fn take_cookie(&self, cookie: u64, hold: Hold<'_>) -> Option<Vec<ConnectionGuard>> {
         let mut cookies = lock(&self.cookies);
-        let Some(hash) = cookies.get(&cookie).copied() else {
-            return Vec::new();
-        };
+        let hash = cookies.get(&cookie).copied()?;
         let mut shard = self.shard(hash);
-        self.remove(&mut cookies, &mut shard, hash, |entry| {
-            entry.identity.get() == cookie
-        })
+        let which = |entry: &Entry| entry.identity.get() == cookie;
+        self.remove(&mut cookies, &mut shard, hash, which, hold)
     }
 
-    /// Takes out what has no cookie and these ends.
-    pub(super) fn take_without_cookie(&self, key: &Key) -> Vec<ConnectionGuard> {
-        self.take(key, |identity| !identity.is_cookie())
+    /// Takes out what has no cookie and these ends; none if that is nothing.
+    pub(super) fn take_without_cookie(
+        &self,
+        key: &Key,
+        hold: Hold<'_>,
+    ) -> Option<Vec<ConnectionGuard>> {
+        self.take(key, |identity| !identity.is_cookie(), hold)
     }
 
     /// Takes out what has these ends and is this connection.
     pub(super) fn take_one(&self, key: &Key, identity: Identity) -> Vec<ConnectionGuard> {
-        self.take(key, |other| other == identity)
+        let taken = self.take(key, |other| other == identity, &mut none_held);
+        taken.unwrap_or_default()
     }
 
-    fn take(&self, key: &Key, which: impl Fn(Identity) -> bool) -> Vec<ConnectionGuard> {
+    fn take(
+        &self,
+        key: &Key,
+        which: impl Fn(Identity) -> bool,
+        hold: Hold<'_>,
+    ) -> Option<Vec<ConnectionGuard>> {
         let hash = self.hash(key);
         let mut cookies = lock(&self.cookies);
         let mut shard = self.shard(hash);
-        self.remove(&mut cookies, &mut shard, hash, |entry| {
-            entry.key == *key && which(entry.identity)
-        })
+        let which = |entry: &Entry| entry.key == *key && which(entry.identity);
+        self.remove(&mut cookies, &mut shard, hash, which, hold)
     }
 
     /// Every entry now.
@@ -170,8 +182,9 @@ impl Table {
         shard: &mut HashTable<Entry>,
         hash: u64,
         which: impl Fn(&Entry) -> bool,
-    ) -> Vec<ConnectionGuard> {
-        let mut removed = Vec::new();
+        hold: Hold<'_>,
+    ) -> Option<Vec<ConnectionGuard>> {
+        let mut removed = None;
         while let Ok(found) = shard.find_entry(hash, &which) {
             let (entry, _) = found.remove();
             self.length.fetch_sub(1, Relaxed);
@@ -181,7 +194,8 @@ impl Table {
             } else {
                 self.without.fetch_sub(1, Relaxed);
             }
-            removed.push(entry.guard);
+            let removed = removed.get_or_insert_with(Vec::new);
+            removed.extend(hold(entry.key, entry.guard).err());
         }
         removed
     }
