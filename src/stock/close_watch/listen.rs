@@ -16,6 +16,7 @@ const TICK: Duration = Duration::from_millis(10);
 
 /// Hears until nothing was watched for a while. `behind`: ends may have come before the notices.
 pub(super) fn run(watch: &Watch, mut notices: Notices, behind: bool) {
+    let _left = Left(watch);
     let mut ear = Ear::new(watch, behind);
     let capacity = notices.capacity();
     loop {
@@ -37,9 +38,20 @@ pub(super) fn run(watch: &Watch, mut notices: Notices, behind: bool) {
                 None => watch.kernel.failed(),
             };
         }
-        ear.resync(now);
+        ear.resync(now, capacity);
         if ear.was_empty(now) && watch.kernel.leave(watch) {
             return;
+        }
+    }
+}
+
+/// Nothing here panics; if it did, what is watched must not wait for notices.
+struct Left<'a>(&'a Watch);
+
+impl Drop for Left<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.kernel.failed();
         }
     }
 }
@@ -50,6 +62,8 @@ pub(super) struct Ear<'a> {
     proof: Option<Proof>,
     /// Notices were lost. Those that came before are still to be read: as many at most.
     resync: Option<usize>,
+    /// More were lost since.
+    resync_again: bool,
     /// Not before.
     resync_from: Instant,
     empty_since: Option<Instant>,
@@ -72,6 +86,7 @@ impl<'a> Ear<'a> {
                 by: now + watch.kernel.options.proof,
             }),
             resync: behind.then_some(0),
+            resync_again: false,
             resync_from: now,
             empty_since: None,
         }
@@ -120,8 +135,12 @@ impl<'a> Ear<'a> {
 
     fn overflow(&mut self, capacity: usize) {
         count(&self.watch.counts.overflows);
-        // Nothing more is queued until the queue is empty, so that is what there is to read.
-        self.resync = Some(capacity);
+        // Until the queue is empty nothing is added to it, so this is what there is to read. A second
+        // overflow tells that it was empty, and must not put off what the first one needs.
+        match self.resync {
+            None => self.resync = Some(capacity),
+            Some(_) => self.resync_again = true,
+        }
         // Too many is proof enough that they come.
         if self.proof.take().is_some() {
             self.watch.kernel.proven();
@@ -136,11 +155,11 @@ impl<'a> Ear<'a> {
 
     /// Looks everything up, once all is read that came before notices were lost: whatever those told
     /// is in the kernel's table by then.
-    fn resync(&mut self, now: Instant) {
+    fn resync(&mut self, now: Instant, capacity: usize) {
         if self.resync != Some(0) || self.proof.is_some() || now < self.resync_from {
             return;
         }
-        self.resync = None;
+        self.resync = std::mem::take(&mut self.resync_again).then_some(capacity);
         let ended = check::ended(&self.watch.kernel, &self.watch.table, Depth::All);
         count(&self.watch.counts.resyncs);
         self.resync_from = now + now.elapsed() * SHARE;

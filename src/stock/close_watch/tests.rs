@@ -155,6 +155,10 @@ fn tuple(client: &TcpStream) -> Tuple {
 
 /// A connection over this address.
 fn pair(address: &str) -> (TcpStream, TcpStream) {
+    pair_at(address.parse().unwrap())
+}
+
+fn pair_at(address: SocketAddr) -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind(address).unwrap();
     connect(&listener, listener.local_addr().unwrap())
 }
