@@ -25,7 +25,8 @@ use crate::host::{Key, Seen, proc_tcp};
 use crate::record::close_watch::CloseWatchSource;
 use crate::record::lock;
 
-/// When to try again to listen, after a failure (no descriptor or memory left).
+/// When to try again to listen, after a failure: no descriptor or memory was left, or no notice came
+/// in time, which may be so on a host that is very busy.
 const RETRY: Duration = Duration::from_secs(60);
 
 /// How often `/proc` may be read for a new connection, to see whether it shows it.
@@ -97,10 +98,8 @@ enum Listener {
     #[default]
     Away,
     Listens,
-    /// It could not be had, and may be tried again.
+    /// There is none since then, and there may be one later.
     Failed(Instant),
-    /// Notices do not come here.
-    GivenUp,
 }
 
 impl Kernel {
@@ -148,7 +147,7 @@ impl Kernel {
     fn listen(&self, watch: &Arc<Watch>) {
         let mut listener = lock(&self.listener);
         let behind = match *listener {
-            Listener::Listens | Listener::GivenUp => return,
+            Listener::Listens => return,
             Listener::Away => false,
             Listener::Failed(at) if at.elapsed() < RETRY => return,
             Listener::Failed(_) => true,
@@ -173,14 +172,7 @@ impl Kernel {
         self.hears.store(true, Relaxed);
     }
 
-    /// Called by the listener: nothing comes here.
-    pub(super) fn give_up(&self) {
-        let mut listener = lock(&self.listener);
-        self.hears.store(false, Relaxed);
-        *listener = Listener::GivenUp;
-    }
-
-    /// Called by the listener: it can't hear any more.
+    /// Called by the listener: nothing comes here, or it can't hear any more.
     pub(super) fn failed(&self) {
         let mut listener = lock(&self.listener);
         self.hears.store(false, Relaxed);

@@ -12,7 +12,7 @@ use super::{By, Watch, count};
 use crate::host::notices::{Datagram, Heard, Notices};
 
 /// How long to wait for the next notice where something else is to be done too.
-const TICK: Duration = Duration::from_millis(10);
+const TICK: Duration = Duration::from_millis(20);
 
 /// Hears until nothing was watched for a while. `behind`: ends may have come before the notices.
 pub(super) fn run(watch: &Watch, mut notices: Notices, behind: bool) {
@@ -32,11 +32,8 @@ pub(super) fn run(watch: &Watch, mut notices: Notices, behind: bool) {
             continue;
         }
         let now = Instant::now();
-        if let Some(proof) = ear.proof.take_if(|proof| now >= proof.by) {
-            return match proof.cookie {
-                Some(_) => watch.kernel.give_up(),
-                None => watch.kernel.failed(),
-            };
+        if ear.proof.as_ref().is_some_and(|proof| now >= proof.by) {
+            return watch.kernel.failed();
         }
         ear.resync(now, capacity);
         if ear.was_empty(now) && watch.kernel.leave(watch) {
@@ -69,9 +66,8 @@ pub(super) struct Ear<'a> {
     empty_since: Option<Instant>,
 }
 
-/// The notice of a socket of our own.
+/// The notice of a socket that was made for it.
 struct Proof {
-    /// None where not even that socket could be had.
     cookie: Option<u64>,
     by: Instant,
 }
@@ -117,19 +113,23 @@ impl<'a> Ear<'a> {
             if ended.is_empty() && table.without_cookie() > 0 {
                 ended = table.take_without_cookie(&notice.key());
             }
+            let is_proof = |proof: &Proof| proof.cookie == Some(cookie);
             if !ended.is_empty() {
                 self.empty_since = None;
+                self.proven();
                 count(&counts.notices);
                 self.watch.end(ended, By::Notice, notice.tcp());
-            } else if self
-                .proof
-                .take_if(|proof| proof.cookie == Some(cookie))
-                .is_some()
-            {
-                self.watch.kernel.proven();
+            } else if self.proof.as_ref().is_some_and(is_proof) {
+                self.proven();
             } else {
                 count(&counts.foreign);
             }
+        }
+    }
+
+    fn proven(&mut self) {
+        if self.proof.take().is_some() {
+            self.watch.kernel.proven();
         }
     }
 
@@ -142,9 +142,7 @@ impl<'a> Ear<'a> {
             Some(_) => self.resync_again = true,
         }
         // Too many is proof enough that they come.
-        if self.proof.take().is_some() {
-            self.watch.kernel.proven();
-        }
+        self.proven();
     }
 
     fn drained(&mut self) {
