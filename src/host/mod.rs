@@ -17,7 +17,6 @@ pub(crate) mod proc_tcp;
 #[cfg(target_os = "linux")]
 pub(crate) mod sock_diag;
 
-use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 #[cfg(target_os = "linux")]
@@ -35,7 +34,7 @@ pub(crate) struct Tuple {
 /// An IPv4 address stands as its IPv4-mapped one: an IPv6 socket with a mapped address has the same
 /// place in the kernel's table as an IPv4 socket, so there is never one of each. The scope counts
 /// where it tells addresses apart, which is among link-local ones.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
     local: [u8; 16],
     peer: [u8; 16],
@@ -54,6 +53,23 @@ impl Key {
             peer_port: peer.1,
             scope: if scoped { scope } else { 0 },
         }
+    }
+
+    /// All of it, for a hash.
+    pub(crate) fn words(&self) -> [u64; 5] {
+        let half = |bytes: &[u8; 16], at: usize| {
+            let mut word = [0; 8];
+            word.copy_from_slice(&bytes[at..at + 8]);
+            u64::from_ne_bytes(word)
+        };
+        let ports = u64::from(self.local_port) << 16 | u64::from(self.peer_port);
+        [
+            half(&self.local, 0),
+            half(&self.local, 8),
+            half(&self.peer, 0),
+            half(&self.peer, 8),
+            u64::from(self.scope) << 32 | ports,
+        ]
     }
 
     /// For a table that does not tell scopes.
@@ -82,16 +98,6 @@ impl From<&Tuple> for Key {
             scope => scope,
         };
         Self::new(end(&tuple.local), end(&tuple.peer), scope)
-    }
-}
-
-impl Hash for Key {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        // Few calls, without the lengths that arrays would put before them.
-        state.write(&self.local);
-        state.write(&self.peer);
-        let ports = u64::from(self.local_port) << 16 | u64::from(self.peer_port);
-        state.write_u64(u64::from(self.scope) << 32 | ports);
     }
 }
 

@@ -25,7 +25,8 @@ use crate::host::{Key, Seen, proc_tcp};
 use crate::record::close_watch::CloseWatchSource;
 use crate::record::lock;
 
-/// When to try again to listen, after a failure (no descriptor or memory left).
+/// When to try again to listen, after a failure: no descriptor or memory was left, or no notice came
+/// in time, which may be so on a host that is very busy.
 const RETRY: Duration = Duration::from_secs(60);
 
 /// How often `/proc` may be read for a new connection, to see whether it shows it.
@@ -37,6 +38,10 @@ pub(super) const SHARE: u32 = 10;
 /// With notices, what a check can find has no haste.
 const ORPHANS: Duration = Duration::from_secs(1);
 
+/// How often, with notices, everything is checked all the same: a kernel that is short of memory
+/// destroys a socket without a word.
+const ALL: Duration = Duration::from_secs(30);
+
 pub(super) struct Options {
     /// What may be used.
     pub(super) notices: bool,
@@ -46,6 +51,8 @@ pub(super) struct Options {
     pub(super) receive_buffer: usize,
     /// The listener leaves when nothing was watched for this long.
     pub(super) idle: Duration,
+    /// How often everything is checked in spite of notices.
+    pub(super) all: Duration,
     /// How long the first notice may take.
     pub(super) proof: Duration,
     /// What brings it about; gives back its cookie.
@@ -61,6 +68,7 @@ impl Default for Options {
             // The kernel gives what its net.core.rmem_max allows, and takes it as it is needed.
             receive_buffer: 4 << 20,
             idle: Duration::from_secs(10),
+            all: ALL,
             proof: Duration::from_secs(5),
             provoke: notices::provoke,
         }
@@ -75,7 +83,14 @@ pub(super) struct Kernel {
     query_believed: AtomicBool,
     proc_believed: AtomicBool,
     proc_trials: AtomicU8,
-    next_check: Mutex<Option<Instant>>,
+    pace: Mutex<Pace>,
+}
+
+/// When to check again; none before the first.
+#[derive(Default)]
+struct Pace {
+    next: Option<Instant>,
+    next_of_all: Option<Instant>,
 }
 
 #[derive(Default)]
@@ -83,10 +98,8 @@ enum Listener {
     #[default]
     Away,
     Listens,
-    /// It could not be had, and may be tried again.
+    /// There is none since then, and there may be one later.
     Failed(Instant),
-    /// Notices do not come here.
-    GivenUp,
 }
 
 impl Kernel {
@@ -99,7 +112,7 @@ impl Kernel {
             query_believed: AtomicBool::new(false),
             proc_believed: AtomicBool::new(false),
             proc_trials: AtomicU8::new(0),
-            next_check: Mutex::default(),
+            pace: Mutex::default(),
         }
     }
 
@@ -134,7 +147,7 @@ impl Kernel {
     fn listen(&self, watch: &Arc<Watch>) {
         let mut listener = lock(&self.listener);
         let behind = match *listener {
-            Listener::Listens | Listener::GivenUp => return,
+            Listener::Listens => return,
             Listener::Away => false,
             Listener::Failed(at) if at.elapsed() < RETRY => return,
             Listener::Failed(_) => true,
@@ -159,14 +172,7 @@ impl Kernel {
         self.hears.store(true, Relaxed);
     }
 
-    /// Called by the listener: nothing comes here.
-    pub(super) fn give_up(&self) {
-        let mut listener = lock(&self.listener);
-        self.hears.store(false, Relaxed);
-        *listener = Listener::GivenUp;
-    }
-
-    /// Called by the listener: it can't hear any more.
+    /// Called by the listener: nothing comes here, or it can't hear any more.
     pub(super) fn failed(&self) {
         let mut listener = lock(&self.listener);
         self.hears.store(false, Relaxed);
@@ -252,24 +258,33 @@ impl Kernel {
         if watch.table.len() == 0 {
             return;
         }
-        let mut next = match self.next_check.try_lock() {
-            Ok(next) => next,
-            Err(TryLockError::Poisoned(next)) => next.into_inner(),
+        let mut pace = match self.pace.try_lock() {
+            Ok(pace) => pace,
+            Err(TryLockError::Poisoned(pace)) => pace.into_inner(),
             Err(TryLockError::WouldBlock) => return,
         };
         let begun = Instant::now();
-        if next.is_some_and(|next| begun < next) {
+        if pace.next.is_some_and(|next| begun < next) {
             return;
         }
         let (depth, pause) = if self.hears() {
-            (Depth::Orphans, ORPHANS)
+            let next_of_all = pace.next_of_all.get_or_insert(begun + self.options.all);
+            let depth = if begun < *next_of_all {
+                Depth::Orphans
+            } else {
+                Depth::All
+            };
+            (depth, ORPHANS)
         } else {
             (Depth::All, Duration::ZERO)
         };
+        if depth == Depth::All {
+            pace.next_of_all = Some(begun + self.options.all);
+        }
         let ended = check::ended(self, &watch.table, depth);
         let took = begun.elapsed();
-        *next = Some(begun + took + pause.max(took * (SHARE - 1)));
-        drop(next);
+        pace.next = Some(begun + took + pause.max(took * (SHARE - 1)));
+        drop(pace);
         count(&watch.counts.checks);
         watch.end_all(ended, By::Check);
     }

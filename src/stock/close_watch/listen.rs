@@ -12,10 +12,11 @@ use super::{By, Watch, count};
 use crate::host::notices::{Datagram, Heard, Notices};
 
 /// How long to wait for the next notice where something else is to be done too.
-const TICK: Duration = Duration::from_millis(10);
+const TICK: Duration = Duration::from_millis(20);
 
 /// Hears until nothing was watched for a while. `behind`: ends may have come before the notices.
 pub(super) fn run(watch: &Watch, mut notices: Notices, behind: bool) {
+    let _left = Left(watch);
     let mut ear = Ear::new(watch, behind);
     let capacity = notices.capacity();
     loop {
@@ -31,16 +32,24 @@ pub(super) fn run(watch: &Watch, mut notices: Notices, behind: bool) {
             continue;
         }
         let now = Instant::now();
-        if let Some(proof) = ear.proof.take_if(|proof| now >= proof.by) {
-            return match proof.cookie {
-                Some(_) => watch.kernel.give_up(),
-                None => watch.kernel.failed(),
-            };
+        if ear.proof.as_ref().is_some_and(|proof| now >= proof.by) {
+            return watch.kernel.failed();
         }
-        ear.resync(now);
+        ear.resync(now, capacity);
         ear.end_lingering(now);
         if ear.was_empty(now) && watch.kernel.leave(watch) {
             return;
+        }
+    }
+}
+
+/// Nothing here panics; if it did, what is watched must not wait for notices.
+struct Left<'a>(&'a Watch);
+
+impl Drop for Left<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.kernel.failed();
         }
     }
 }
@@ -51,14 +60,15 @@ pub(super) struct Ear<'a> {
     proof: Option<Proof>,
     /// Notices were lost. Those that came before are still to be read: as many at most.
     resync: Option<usize>,
+    /// More were lost since.
+    resync_again: bool,
     /// Not before.
     resync_from: Instant,
     empty_since: Option<Instant>,
 }
 
-/// The notice of a socket of our own.
+/// The notice of a socket that was made for it.
 struct Proof {
-    /// None where not even that socket could be had.
     cookie: Option<u64>,
     by: Instant,
 }
@@ -73,6 +83,7 @@ impl<'a> Ear<'a> {
                 by: now + watch.kernel.options.proof,
             }),
             resync: behind.then_some(0),
+            resync_again: false,
             resync_from: now,
             empty_since: None,
         }
@@ -106,30 +117,36 @@ impl<'a> Ear<'a> {
             if ended.is_none() && table.without_cookie() > 0 {
                 ended = table.take_without_cookie(&notice.key(), &mut hold);
             }
+            let is_proof = |proof: &Proof| proof.cookie == Some(cookie);
             if let Some(ended) = ended {
                 self.empty_since = None;
+                self.proven();
                 count(&counts.notices);
                 self.watch.end(ended, By::Notice, notice.tcp());
-            } else if self
-                .proof
-                .take_if(|proof| proof.cookie == Some(cookie))
-                .is_some()
-            {
-                self.watch.kernel.proven();
+            } else if self.proof.as_ref().is_some_and(is_proof) {
+                self.proven();
             } else {
                 count(&counts.foreign);
             }
         }
     }
 
-    fn overflow(&mut self, capacity: usize) {
-        count(&self.watch.counts.overflows);
-        // Nothing more is queued until the queue is empty, so that is what there is to read.
-        self.resync = Some(capacity);
-        // Too many is proof enough that they come.
+    fn proven(&mut self) {
         if self.proof.take().is_some() {
             self.watch.kernel.proven();
         }
+    }
+
+    fn overflow(&mut self, capacity: usize) {
+        count(&self.watch.counts.overflows);
+        // Until the queue is empty nothing is added to it, so this is what there is to read. A second
+        // overflow tells that it was empty, and must not put off what the first one needs.
+        match self.resync {
+            None => self.resync = Some(capacity),
+            Some(_) => self.resync_again = true,
+        }
+        // Too many is proof enough that they come.
+        self.proven();
     }
 
     fn drained(&mut self) {
@@ -140,11 +157,11 @@ impl<'a> Ear<'a> {
 
     /// Looks everything up, once all is read that came before notices were lost: whatever those told
     /// is in the kernel's table by then.
-    fn resync(&mut self, now: Instant) {
+    fn resync(&mut self, now: Instant, capacity: usize) {
         if self.resync != Some(0) || self.proof.is_some() || now < self.resync_from {
             return;
         }
-        self.resync = None;
+        self.resync = std::mem::take(&mut self.resync_again).then_some(capacity);
         let ended = check::ended(&self.watch.kernel, &self.watch.table, Depth::All);
         count(&self.watch.counts.resyncs);
         self.resync_from = now + now.elapsed() * SHARE;

@@ -7,8 +7,9 @@ use super::table::Identity;
 use crate::host::Key;
 use crate::record::close_watch::CloseWatchSource;
 
+/// There are none.
 #[derive(Default)]
-pub(super) struct Options;
+pub(super) struct Options(());
 
 pub(super) struct Kernel;
 

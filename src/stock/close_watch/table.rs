@@ -62,13 +62,37 @@ struct Entry {
 
 const _: () = assert!(size_of::<Entry>() == 64);
 
+/// Hashes keys by multiplying their words into each other, under numbers that only this process knows:
+/// a tenth of what the standard library's takes, for each response.
+struct KeyHasher([u64; 6]);
+
+impl Default for KeyHasher {
+    fn default() -> Self {
+        let random = RandomState::new();
+        Self(std::array::from_fn(|at| random.hash_one(at)))
+    }
+}
+
+impl KeyHasher {
+    fn hash(&self, key: &Key) -> u64 {
+        let [a, b, c, d, e] = key.words();
+        let [r, s, t, u, v, w] = self.0;
+        let fold = |x: u64, y: u64| {
+            let product = u128::from(x) * u128::from(y);
+            product as u64 ^ (product >> 64) as u64
+        };
+        let ips = fold(a ^ r, b ^ s) ^ fold(c ^ t, d ^ u).rotate_left(23);
+        fold(ips ^ v, e ^ w)
+    }
+}
+
 #[derive(Default)]
 pub(super) struct Table {
     /// One entry for each guard; several with one identity are one socket.
     shards: [Mutex<HashTable<Entry>>; SHARDS],
     /// From a cookie to the hash of its key.
     cookies: Mutex<HashMap<u64, u64>>,
-    hasher: RandomState,
+    hasher: KeyHasher,
     length: AtomicUsize,
     /// Of these, without a cookie.
     without: AtomicUsize,
@@ -201,7 +225,7 @@ impl Table {
     }
 
     fn hash(&self, key: &Key) -> u64 {
-        self.hasher.hash_one(key)
+        self.hasher.hash(key)
     }
 
     fn shard(&self, hash: u64) -> std::sync::MutexGuard<'_, HashTable<Entry>> {

@@ -137,6 +137,20 @@ impl World {
         self.watch.stats()
     }
 
+    /// A notice has what the kernel knew last; what an overflow lost on this busy host has not.
+    fn told_by_notice(&self, end: &End) -> Option<TcpInfo> {
+        assert!(end.tcp.is_some() || self.stats().overflows > 0);
+        end.tcp
+    }
+
+    /// So many ended, all of them by notices, but for what an overflow lost.
+    fn ended_by_notices(&self, ends: u64) {
+        let stats = self.stats();
+        assert_eq!(stats.ended_by_notice + stats.ended_by_check, ends);
+        assert!(stats.ended_by_check == 0 || stats.overflows > 0);
+        assert_eq!(stats.ended_by_reuse, 0);
+    }
+
     /// Nothing is watched, and nothing ended that was not told.
     fn is_quiet(&self) {
         assert_eq!(self.stats().watched, 0);
@@ -155,6 +169,10 @@ fn tuple(client: &TcpStream) -> Tuple {
 
 /// A connection over this address.
 fn pair(address: &str) -> (TcpStream, TcpStream) {
+    pair_at(address.parse().unwrap())
+}
+
+fn pair_at(address: SocketAddr) -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind(address).unwrap();
     connect(&listener, listener.local_addr().unwrap())
 }

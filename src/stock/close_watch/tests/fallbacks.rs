@@ -128,7 +128,7 @@ fn a_listener_that_is_told_nothing_gives_up() {
         world.watch.look();
         !world.is_open(&tuple)
     });
-    // It is not tried again.
+    // It is not tried again at once.
     let (client, _server) = pair("127.0.0.1:0");
     world.watch(&client);
     assert!(!world.watch.kernel.listens());
