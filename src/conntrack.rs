@@ -58,6 +58,13 @@ impl Conntrack {
         crate::TransportBuilder::new(self.recorder.clone(), name)
     }
 
+    /// A limit on the requests in flight to one host, under this name, for clients that have none:
+    /// reqwest, hyper-util's.
+    #[cfg(all(feature = "stock", feature = "hyper"))]
+    pub fn in_flight_limit(&self, name: &str) -> crate::InFlightLimitBuilder {
+        crate::InFlightLimitBuilder::new(self.recorder.clone(), name)
+    }
+
     /// Has a dialer's name reported with zeros before its first use, for names that come with calls
     /// (`DialName`). go-conntrack: `PreRegisterDialerMetrics`.
     ///

@@ -25,8 +25,8 @@ pub use self::facts::{
     Target, TlsFacts, TraceRef,
 };
 pub use self::pool::{
-    ActiveSnapshot, KeySnapshot, PoolEvent, PoolEventKind, PoolKey, PoolLimit, PoolSnapshot,
-    RequestId, WaitOutcome,
+    ActiveSnapshot, InFlightSnapshot, KeySnapshot, PoolEvent, PoolEventKind, PoolKey, PoolLimit,
+    PoolSnapshot, RequestId, WaitOutcome,
 };
 pub use self::reason::{AcceptErrorReason, CloseReason, FailureReason, RejectReason};
 pub use self::tcp::{TcpInfo, TcpState};

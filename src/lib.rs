@@ -74,7 +74,7 @@
 //! | `tls` | no | TLS by rustls in the dialer |
 //! | `otlp-tls` | no | `https` endpoints for OTLP |
 //! | `axum`, `tonic` | no | their listener and connect-info traits |
-//! | `stock` | no | [`stock`]: pool events of unmodified reqwest and hyper-util clients |
+//! | `stock` | no | [`stock`]: pool events of unmodified reqwest and hyper-util clients; with `hyper`, [`InFlightLimit`] |
 //! | `serde` | no | snapshots and events serialise |
 //!
 //! Without default features the crate is the vocabulary, the record and [`TrackedIo`].
@@ -97,6 +97,8 @@ pub mod event;
 #[cfg(feature = "net")]
 mod inbound;
 mod io;
+#[cfg(any(feature = "transport", feature = "stock"))]
+mod list;
 mod observer;
 mod outbound;
 mod record;
@@ -115,9 +117,10 @@ pub use conntrack::{Conntrack, TrackError};
 #[doc(no_inline)]
 pub use event::{
     AcceptErrorReason, ActiveSnapshot, CloseReason, ConnectionEvent, ConnectionEventKind,
-    ConnectionId, ConnectionState, Direction, Endpoint, Event, FailureReason, Initiator, IoLayer,
-    KeySnapshot, PoolEvent, PoolEventKind, PoolKey, PoolLimit, PoolSnapshot, ProtocolVersion,
-    RejectReason, RequestId, Target, TcpInfo, TcpState, TlsFacts, TraceRef, WaitOutcome,
+    ConnectionId, ConnectionState, Direction, Endpoint, Event, FailureReason, InFlightSnapshot,
+    Initiator, IoLayer, KeySnapshot, PoolEvent, PoolEventKind, PoolKey, PoolLimit, PoolSnapshot,
+    ProtocolVersion, RejectReason, RequestId, Target, TcpInfo, TcpState, TlsFacts, TraceRef,
+    WaitOutcome,
 };
 #[cfg(feature = "net")]
 pub use inbound::listener::{Accept, Listener, ListenerBuilder, SocketOptions, WhenFull};
@@ -142,6 +145,11 @@ pub use record::stats::{ConnectionSnapshot, Dropped, HostStats, ScopeStats, Stat
 pub use record::timeline::{Moment, TimelineEntry};
 #[cfg(feature = "net")]
 pub use socket::Keepalive;
+#[cfg(all(feature = "stock", feature = "hyper"))]
+pub use stock::limit::{
+    InFlightBody, InFlightError, InFlightFuture, InFlightLimit, InFlightLimitBuilder,
+    InFlightLimitError, InFlightService,
+};
 #[cfg(feature = "otlp")]
 pub use telemetry::guard::{ConntrackGuard, ShutdownError};
 #[cfg(feature = "otel")]

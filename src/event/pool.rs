@@ -276,6 +276,11 @@ pub struct PoolSnapshot {
     pub active: Vec<ActiveSnapshot>,
     /// How many of its active connections are not listed.
     pub active_omitted: usize,
+    /// Of an in-flight limit, which knows requests and no connections: the requests that hold the
+    /// places of the key whose limit was hit, longest first; at most 64. Else empty.
+    pub in_flight: Vec<InFlightSnapshot>,
+    /// How many of these requests are not listed.
+    pub in_flight_omitted: usize,
 }
 
 /// What one key has.
@@ -293,8 +298,10 @@ pub struct KeySnapshot {
     pub dialing: usize,
     /// Requests that wait for an idle connection.
     pub idle_conn_wait: usize,
-    /// Of these, requests that wait for a slot too.
+    /// Of these, requests that wait for a slot too; of an in-flight limit, all that wait.
     pub conns_per_host_wait: usize,
+    /// Of an in-flight limit: requests that hold a place. Else 0.
+    pub in_flight: usize,
 }
 
 /// An active connection.
@@ -312,4 +319,17 @@ pub struct ActiveSnapshot {
     pub held_by: Vec<TraceRef>,
     /// The kernel's view: state, rtt. Linux only.
     pub tcp: Option<TcpInfo>,
+}
+
+/// A request that holds a place of an in-flight limit.
+#[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct InFlightSnapshot {
+    /// Which.
+    pub request: RequestId,
+    /// How long it has held its place.
+    pub age: Duration,
+    /// Its span, if it was made within one.
+    pub held_by: Option<TraceRef>,
 }

@@ -420,6 +420,9 @@ pub(crate) struct Wait {
 pub(crate) struct LimitHit {
     pub(crate) at: Now,
     pub(crate) limit: usize,
+    /// Of a limit that knows requests and no connections: those that hold its places. The counts of
+    /// connections say nothing then.
+    pub(crate) in_flight: Option<usize>,
     pub(crate) active: usize,
     pub(crate) idle: usize,
     pub(crate) dialing: usize,

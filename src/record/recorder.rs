@@ -132,6 +132,19 @@ impl Recorder {
         self.insert(direction, name)
     }
 
+    /// The scope of a pool that opens no connections itself: what is counted of connections under its
+    /// name is somebody else's, and so are its switches.
+    #[cfg(all(feature = "stock", feature = "hyper"))]
+    pub(crate) fn apart(&self, name: &str) -> Arc<Scope> {
+        let (observers, drops) = (self.0.observers.clone(), self.0.drops.clone());
+        Arc::new(Scope::new(
+            Direction::Outbound,
+            name.into(),
+            observers,
+            drops,
+        ))
+    }
+
     fn find(&self, direction: Direction, name: &str) -> Option<Arc<Scope>> {
         let scopes = self.0.scopes.read().unwrap_or_else(PoisonError::into_inner);
         // A key needs an `Arc<str>`; a scan over a handful of names needs none.

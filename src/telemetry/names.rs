@@ -43,6 +43,7 @@ attributes! {
     POOL_ACTIVE = "conntrack.pool.active": "connections of the host that requests had";
     POOL_IDLE = "conntrack.pool.idle": "connections that no request had: the host's, or for `max_idle_conns` all";
     POOL_DIALING = "conntrack.pool.dialing": "dials to the host that were under way";
+    POOL_IN_FLIGHT = "conntrack.pool.in_flight": "requests that held the places of an in-flight limit for the host; it knows no connections";
     POOL_WAITING = "conntrack.pool.waiting": "requests that waited for a connection to the host, this one included";
     WAIT_OUTCOME = "conntrack.wait.outcome": "how the wait ended: `delivered_idle`, `delivered_new`, `shared_h2`, `timed_out`, `cancelled`, `dial_failed`, `pool_closed`; `slot_freed` for the queue for a slot alone";
     WAIT_REASON = "conntrack.wait.reason": "why it waited: `no_idle_connection`, `shared_dial`, `max_conns_per_host`";
@@ -247,6 +248,7 @@ pub const EVENTS: &[SpanName] = &[
             POOL_ACTIVE,
             POOL_IDLE,
             POOL_DIALING,
+            POOL_IN_FLIGHT,
             POOL_WAITING,
         ],
     },

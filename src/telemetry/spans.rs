@@ -224,14 +224,21 @@ impl SpanWriter {
         }
         if let Some(hit) = &wait.hit {
             let at = from + hit.at.mono.saturating_sub(wait.since.mono);
+            let held: &[_] = match hit.in_flight {
+                Some(in_flight) => &[(names::POOL_IN_FLIGHT, in_flight)],
+                None => &[
+                    (names::POOL_ACTIVE, hit.active),
+                    (names::POOL_IDLE, hit.idle),
+                    (names::POOL_DIALING, hit.dialing),
+                ],
+            };
             let facts = [
                 (names::POOL_LIMIT_VALUE, hit.limit),
-                (names::POOL_ACTIVE, hit.active),
-                (names::POOL_IDLE, hit.idle),
-                (names::POOL_DIALING, hit.dialing),
                 (names::POOL_WAITING, hit.waiting),
             ];
-            let facts = facts.map(|(key, n)| KeyValue::new(key, n as i64)).to_vec();
+            let facts = facts.iter().chain(held);
+            let facts = facts.map(|(key, n)| KeyValue::new(*key, *n as i64));
+            let facts = facts.collect();
             span.add_event_with_timestamp(names::MAX_CONNS_PER_HOST_HIT, at, facts);
         }
         span.end_with_timestamp(waited.until);

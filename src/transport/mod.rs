@@ -25,7 +25,6 @@ pub(crate) mod h2_frames;
 pub(crate) mod io;
 pub(crate) mod key;
 pub(crate) mod lease;
-pub(crate) mod list;
 pub(crate) mod pool;
 pub(crate) mod proxy;
 pub(crate) mod request;

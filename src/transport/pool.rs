@@ -44,8 +44,8 @@ use crate::event::{
     ActiveSnapshot, CloseReason, ConnectionId, KeySnapshot, PoolEvent, PoolEventKind, PoolKey,
     PoolLimit, PoolSnapshot, RequestId, TraceRef, WaitOutcome,
 };
+use crate::list::{Link, List};
 use crate::record::pool::{HOLDERS, HostCounts, LimitHit, Now, Row, Wait, WaitReason};
-use crate::transport::list::{Link, List};
 
 /// How many keys a snapshot lists.
 const SNAPSHOT_KEYS: usize = 32;

@@ -99,6 +99,7 @@ impl Pool {
                     dialing: k.dialing,
                     idle_conn_wait: k.waiting.len(),
                     conns_per_host_wait: k.slots.len(),
+                    in_flight: 0,
                 }
             })
             .collect();
@@ -120,6 +121,8 @@ impl Pool {
             keys,
             active_omitted: self.keys[key as usize].active.len() - active.len(),
             active,
+            in_flight: Vec::new(),
+            in_flight_omitted: 0,
         }
     }
 }

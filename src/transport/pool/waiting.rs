@@ -99,6 +99,7 @@ impl Pool {
         let mut hit = LimitHit {
             at: now,
             limit,
+            in_flight: None,
             active: k.active.len(),
             idle: k.idle.len(),
             dialing: k.dialing,

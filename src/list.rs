@@ -4,6 +4,9 @@
 //! A waiter that gives up, a connection that dies while idle: both leave from anywhere in their
 //! queue, and both may be one of thousands. Nothing allocates but the slab.
 
+// The transport's pool uses all of it, a limit for stock clients some.
+#![cfg_attr(not(feature = "transport"), allow(dead_code))]
+
 use slab::Slab;
 
 const NONE: u32 = u32::MAX;
