@@ -12,7 +12,8 @@
 //!   A stock pool does not say which requests have its connections: there *idle* means in its list,
 //!   where HTTP/2 connections stay while requests run on them.
 //! - A **slot** is the right to have a connection under `max_conns_per_host`. It is taken before the
-//!   dial and free again when the socket is closed, upgraded ones included.
+//!   dial and free again when the socket is closed, upgraded ones included. Under an in-flight limit
+//!   for a stock client it is a request's: taken before it is sent, free when its response has ended.
 
 use std::fmt;
 use std::sync::Arc;
@@ -39,7 +40,8 @@ reasons! {
         PoolClosed => "pool_closed",
         /// A stream on an HTTP/2 connection that serves others too.
         SharedH2 => "shared_h2",
-        /// In the queue for a slot only: one became free, and the request dials now.
+        /// In the queue for a slot only: one became free, and the request dials now, or under an
+        /// in-flight limit goes to its client.
         SlotFreed => "slot_freed",
         /// `wait_timeout` ran out.
         TimedOut => "timed_out",

@@ -190,7 +190,9 @@ impl HostCounts {
 }
 
 /// A pool at one moment: [`Transport::stats`](crate::Transport::stats), and in
-/// [`Stats::pools`](crate::Stats::pools).
+/// [`Stats::pools`](crate::Stats::pools). Also an in-flight limit, which has requests and a queue for
+/// slots alone: there `waiting` is `ConnsPerHostWaitIn` less `ConnsPerHostWaitOut`, and `in_use`, the
+/// requests that hold a place, is in no event.
 ///
 /// Consistent in itself: the pool's events up to [`sequence`](Self::sequence) sum to exactly these
 /// counts. So it is always true that
@@ -241,7 +243,7 @@ pub struct PoolStats {
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct PoolLimits {
-    /// Dials, active and idle connections of one host.
+    /// Dials, active and idle connections of one host; of an in-flight limit, requests.
     pub max_conns_per_host: Option<usize>,
     /// Idle connections in all.
     pub max_idle_conns: Option<usize>,

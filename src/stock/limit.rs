@@ -39,9 +39,9 @@ use crate::record::pool::{PoolSource, PoolStats};
 /// At most so many requests in flight to one host, for a client that has no such limit itself; the
 /// rest wait in a queue that is seen. Cheap to clone; all clones are one limit.
 ///
-/// On HTTP/1 a connection serves one request at a time, so this is what bounds a stock client's
-/// connections to a host: a limit on its connector bounds only dials, and a limit on its idle
-/// connections only those. (On HTTP/2 requests share connections; there it bounds requests.)
+/// On HTTP/1 a connection serves one request at a time, so this bounds the connections that a stock
+/// client has in use: a limit on its connector bounds only dials, and a limit on its idle connections
+/// only those. (On HTTP/2 requests share connections; there it bounds requests.)
 ///
 /// It goes over the client in one of three ways, all of which may share it:
 ///
@@ -71,6 +71,11 @@ use crate::record::pool::{PoolSource, PoolStats};
 ///   a proxy under the host that it asks for.
 /// - A connection that is upgraded (101, CONNECT) gives its place back with the response's head.
 /// - Two clients that share a limit have a pool each: what one holds idle is open too.
+/// - What hyper-util's pool opens for nothing. A request that finds no idle connection dials, also where
+///   one is just on its way back; it takes what comes first, and the dial goes on and leaves an idle
+///   connection more. So on several threads, or where dials take long, more than the limit may be
+///   *open*, never more than the limit *in use*. `pool_max_idle_per_host` with the same number closes
+///   the spares when they come back. The [`Transport`](crate::Transport) bounds what is open, exactly.
 ///
 /// # Example
 ///

@@ -343,7 +343,7 @@ metrics! {
         "Requests of transports that wait for a connection or have one.",
         &[SERVER_ADDRESS, SERVER_PORT, URL_SCHEME];
     TIME_IN_QUEUE = "http.client.request.time_in_queue", Histogram(SHORT), "s",
-        "How long requests of transports waited for a connection; only those that waited.",
+        "How long requests of transports, and under in-flight limits, waited for a connection; only those that waited.",
         &[SERVER_ADDRESS, SERVER_PORT, URL_SCHEME, WAIT_OUTCOME];
     CONNECTIONS = "conntrack.connections", UpDownCounter, "{connection}",
         "Connections that are open.",

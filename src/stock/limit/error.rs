@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::event::PoolKey;
+use crate::event::{FailureReason, PoolKey};
 
 /// Why an [`InFlightLimit`](crate::InFlightLimit) did not let a request go. Nothing of it was sent.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -48,6 +48,14 @@ impl InFlightLimitError {
     pub const fn key(&self) -> &Arc<PoolKey> {
         match self {
             Self::WaitTimedOut { key, .. } | Self::QueueFull { key, .. } => key,
+        }
+    }
+
+    /// Why, in the vocabulary's one word: the value of `error.type`.
+    pub const fn reason(&self) -> FailureReason {
+        match self {
+            Self::WaitTimedOut { .. } => FailureReason::TimedOut,
+            Self::QueueFull { .. } => FailureReason::Other,
         }
     }
 
