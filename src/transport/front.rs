@@ -136,6 +136,22 @@ type Layers = tower_http::decompression::Decompression<FollowRedirect<Hop, Follo
 /// The caller is the span that is current when `send()` is first polled. Each redirect that is
 /// followed is a request of its own for the transport, of the same caller. [`RequestHooks`] given by
 /// `RequestBuilder::with_extension` hear of all of them.
+///
+/// ```
+/// # async fn run(client: reqwest_middleware::ClientWithMiddleware) -> Result<(), reqwest_middleware::Error> {
+/// use otel_conntrack::{Hooks, RequestHooks};
+///
+/// let hooks = Hooks::new().on_got_conn(|event| println!("{:?}", event.kind));
+/// let request = client.get("http://example.com/").with_extension(RequestHooks::new(hooks));
+/// let response = request.send().await?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Cancel safety
+///
+/// As [`Transport::send`]: dropped while it waits, a request leaves the queue; dropped later, its
+/// HTTP/1 connection is closed, its HTTP/2 stream reset. The same is done when its time is over.
 #[derive(Clone)]
 pub struct TransportMiddleware {
     transport: Transport,

@@ -63,7 +63,8 @@ use crate::transport::shell::Shell;
 /// It is a tower `Service<http::Request<B>>` for any body, so it goes under any tower layer; or call
 /// [`send`](Self::send). It speaks HTTP/1.1 and HTTP/2, over TCP, TLS (feature `tls`), Unix sockets
 /// and proxies. It follows no redirects, keeps no cookies, and decompresses nothing: those are
-/// layers.
+/// layers. With the feature `reqwest-transport`, `Transport::reqwest` gives it reqwest's API, which
+/// does all that.
 ///
 /// Every connection is tracked like all others of this crate. On top of that there are the pool's
 /// own events ([`PoolEvent`](crate::PoolEvent)), gauges and counters

@@ -54,18 +54,29 @@ async fn a_secret_that_was_left_behind_stays_there() {
 async fn a_slow_caller_is_no_slow_server() {
     let server = Hostile::start(Behaviour::Ok).await;
     let ours = Ours::new(|t| t, |f| f.read_timeout(LONG));
-    let mut response = ours.get(&server.uri("/hold-body")).await.unwrap();
-    let mut body = response.chunk().await.unwrap().unwrap().to_vec();
+    let response = ours.get(&server.uri("/hold-body")).await.unwrap();
+    let length = length(&response).unwrap();
+    assert_eq!(read_late(response, &server).await.unwrap(), length);
+    ours.settled().await;
+
+    let plain = Client::builder().no_proxy().read_timeout(LONG);
+    let plain = plain.build().unwrap();
+    let response = plain.get(server.uri("/hold-body")).send().await.unwrap();
+    let came = read_late(response, &server).await;
+    assert!(came.is_err(), "reqwest waits for its caller now");
+}
+
+/// Reads a body that is held in the middle, and takes its time there.
+async fn read_late(mut response: reqwest::Response, server: &Hostile) -> reqwest::Result<u64> {
+    let mut read = response.chunk().await?.map_or(0, |begin| begin.len());
     server.command(Command::Release);
-    // This is the caller's own time.
     tokio::time::pause();
     tokio::time::advance(2 * LONG).await;
     tokio::time::resume();
-    while let Some(more) = response.chunk().await.unwrap() {
-        body.extend(more);
+    while let Some(more) = response.chunk().await? {
+        read += more.len();
     }
-    assert_eq!(Some(body.len() as u64), length(&response));
-    ours.settled().await;
+    Ok(read as u64)
 }
 
 fn length(response: &reqwest::Response) -> Option<u64> {

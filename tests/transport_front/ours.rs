@@ -10,8 +10,8 @@ use http::Extensions;
 use opentelemetry::Context;
 use opentelemetry::trace::{TraceContextExt, Tracer, TracerProvider};
 use otel_conntrack::{
-    ConnectionRecord, Conntrack, FrontErrorKind, Hooks, RedirectPolicy, RequestHooks,
-    TransportError, TransportErrorKind, TransportMiddleware,
+    ConnectionRecord, Conntrack, FrontErrorKind, Hooks, HttpVersions, RedirectPolicy, RequestHooks,
+    TransportBuilder, TransportError, TransportErrorKind, TransportMiddleware,
 };
 use reqwest_middleware::{ClientBuilder, Middleware, Next};
 use rustls::ClientConfig;
@@ -370,4 +370,60 @@ async fn settings_that_can_not_be_used_are_named() {
     let set = front().timeout(Duration::from_secs(1)).timeout(None);
     assert!(format!("{set:?}").contains("timeout: None"));
     set.build().unwrap();
+}
+
+#[tokio::test]
+async fn the_counts_agree_after_many_requests_of_all_kinds() {
+    let (site, other) = (Site::start().await, Site::start().await);
+    for versions in [HttpVersions::Auto, HttpVersions::Http2] {
+        let pool = |t: TransportBuilder| t.max_conns_per_host(3).http_versions(versions);
+        let ours = Arc::new(Ours::new(pool, |f| f.cookie_store(true)));
+        let tasks = (0..200_usize).map(|n| {
+            let (ours, site, other) = (ours.clone(), site.clone(), other.clone());
+            tokio::spawn(async move {
+                let url = match n % 7 {
+                    0 => site.url("/gzip?chunked"),
+                    1 => site.redirect(302, &other.url("/zstd")),
+                    2 => other.redirect(307, &other.redirect(303, "/next")),
+                    3 => site.url("/loop"),
+                    4 => site.url("/redirect?301&size=20000&to=/cookies?a=b"),
+                    5 => site.url("/brotli?bad"),
+                    _ => site.url("/stuck"),
+                };
+                let mut sent = Box::pin(ours.client.post(url).body("text").send());
+                // Some are given up on the way.
+                if n % 3 == 0 {
+                    for _ in 0..n % 11 {
+                        if poll!(&mut sent).is_ready() {
+                            return;
+                        }
+                        tokio::task::yield_now().await;
+                    }
+                    return;
+                }
+                match sent.await {
+                    // Some are not read to their end, and some can't be.
+                    Ok(mut response) if n % 7 == 6 || n % 5 == 0 => drop(response.chunk().await),
+                    Ok(response) => drop(response.bytes().await),
+                    Err(error) => assert_eq!(n % 7, 3, "{error}"),
+                }
+            })
+        });
+        for task in tasks.collect::<Vec<_>>() {
+            task.await.unwrap();
+        }
+        ours.settled().await;
+        let told = &ours.told;
+        for (enters, leaves) in [
+            ("ConnsPerHostWaitIn", "ConnsPerHostWaitOut"),
+            ("IdleConnWaitIn", "IdleConnWaitOut"),
+        ] {
+            assert_eq!(told.count(enters), told.count(leaves), "{enters}");
+        }
+        let stats = ours.transport.stats();
+        for host in &stats.hosts {
+            assert!(host.in_use <= 3, "{stats:?}");
+        }
+        assert!(ours.transport.shutdown(LONG).await.is_empty());
+    }
 }
