@@ -100,7 +100,9 @@
 //! An exporter's client must not be tracked, or each export would be news to export. Left out are
 //!
 //! - what happens in a suppressed telemetry scope of OpenTelemetry (feature `otel`), on the thread that
-//!   speaks; an SDK's own threads are in one, a client's runtime mostly is not,
+//!   speaks: an SDK's own threads are in one, a client's runtime mostly is not. An authority that is first
+//!   spoken to in such a scope is left out from then on
+//!   ([`PoolEventsSnapshot::excluded`]), since what becomes of its connections is said elsewhere,
 //! - threads that called [`ignore_this_thread`], as those of `init()`'s exporters do,
 //! - authorities that were [excluded](PoolEventsConfig::exclude): by a `Conntrack` those of the standard
 //!   `OTEL_EXPORTER_OTLP_*ENDPOINT` variables, of `init()`'s endpoints, and `localhost:4318`. This is
@@ -249,6 +251,35 @@ impl Shared {
         let cell = (!excluded).then(|| KeyCell::new(Key::from(key), Machine::new()));
         keys.by_text.insert(text.into(), cell.clone());
         cell
+    }
+
+    /// Telemetry speaks to this key. If it is the first to do so, the key is left out from now on: what
+    /// a connection's own task says later is said in no scope.
+    fn suppressed(&self, text: &str) {
+        let known = {
+            let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
+            keys.by_text.get(text).cloned()
+        };
+        match known {
+            Some(Some(cell)) => {
+                self.step(&cell, Input::Missed);
+            }
+            Some(None) => {}
+            None => {
+                let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
+                if keys.by_text.len() < self.config.max_keys {
+                    keys.by_text.entry(text.into()).or_insert(None);
+                }
+            }
+        }
+    }
+
+    fn excluded(&self) -> Vec<String> {
+        let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
+        let excluded = keys.by_text.iter().filter(|(_, cell)| cell.is_none());
+        let mut excluded: Vec<_> = excluded.map(|(text, _)| text.to_string()).collect();
+        excluded.sort_unstable();
+        excluded
     }
 
     fn cells(&self) -> Vec<Arc<KeyCell>> {
@@ -441,6 +472,7 @@ impl PoolEvents {
         let delivery = shared.delivery.as_ref();
         PoolEventsSnapshot {
             keys,
+            excluded: shared.excluded(),
             complete: STATIC_MAX_LEVEL >= LevelFilter::TRACE,
             unknown_messages: shared.unknown.load(Ordering::Relaxed),
             pools_closed: shared.pools_closed.load(Ordering::Relaxed),

@@ -222,6 +222,8 @@ pub(super) enum Input {
     DialsItself { refused: u64 },
     /// A client was dropped, of whichever key.
     SomePoolClosed,
+    /// Something was said that is not for us to hear.
+    Missed,
     /// Time went by.
     Tick,
 }
@@ -328,12 +330,13 @@ impl Machine {
     }
 
     /// Changes if anything does that is not said by an event.
-    pub(super) fn mark(&self) -> (u64, u32, u64, bool) {
+    pub(super) fn mark(&self) -> (u64, u32, u64, bool, bool) {
         (
             self.sequence,
             self.handed,
             self.unmatched,
             self.suspects.is_some(),
+            self.approximate,
         )
     }
 
@@ -365,6 +368,7 @@ impl Machine {
             Input::NegotiatedH2 => self.speaks_h2(Said::Told, out),
             Input::DialsItself { refused } => self.dials_itself(refused, out),
             Input::SomePoolClosed => self.suspect(now()),
+            Input::Missed => self.approximate = true,
             Input::Tick => {}
         }
         if self.waiting != waited {
