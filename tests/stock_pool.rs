@@ -158,7 +158,7 @@ fn sums(told: &Told, stats: &PoolStats) {
         assert_eq!((host.idle, host.waiting), (idle as u64, waiting as u64));
         assert_eq!((host.active, host.in_use, host.dialing), (0, 0, 0));
         for (name, reason, n) in host.events() {
-            let row = reason.map_or(name.to_owned(), |reason| format!("{name} {reason}"));
+            let row = reason.map_or_else(|| name.to_owned(), |reason| format!("{name} {reason}"));
             assert_eq!(rows.get(&row).copied().unwrap_or(0), n, "{row} of {target}");
         }
     }
@@ -364,11 +364,8 @@ fn there_is_one_layer_at_a_time() {
     let conntrack = Conntrack::builder().build().unwrap();
     assert!(conntrack.stats().pool("stock").is_none(), "nobody asked");
     let first: PoolEventsLayer<Registry> = conntrack.stock_pool_layer().unwrap();
-    let error = conntrack
-        .clone()
-        .stock_pool_layer::<Registry>()
-        .err()
-        .unwrap();
+    let clone = conntrack.clone();
+    let error = clone.stock_pool_layer::<Registry>().err().unwrap();
     assert_eq!(error.setting(), "stock_pool_layer");
     assert!(error.to_string().contains("twice"), "{error}");
     drop(first);

@@ -148,6 +148,7 @@ use self::published::Published;
 pub(crate) use self::request_watch::{RequestWatch, WaitEnd};
 use self::snapshot::{HAS_SUSPECTS, WORDS, words};
 pub use self::snapshot::{PoolEventsSnapshot, StockKeySnapshot};
+use crate::record::pool::Unheard;
 
 /// Where the events go.
 pub trait PoolEventSink: Send + Sync + 'static {
@@ -454,6 +455,15 @@ impl PoolEvents {
         delivery.is_none_or(|delivery| delivery.flush(within))
     }
 
+    /// What the sink did not get, and what nobody understood.
+    pub(crate) fn unheard(&self) -> Unheard {
+        let delivery = self.shared.delivery.as_ref();
+        Unheard {
+            events: delivery.map_or(0, |delivery| delivery.dropped()),
+            messages: self.shared.unknown.load(Ordering::Relaxed),
+        }
+    }
+
     /// Gauges and counts. Each key's are consistent, and the events up to its `sequence` sum to them.
     pub fn snapshot(&self) -> PoolEventsSnapshot {
         let shared = &*self.shared;
@@ -469,14 +479,14 @@ impl PoolEvents {
             })
             .collect();
         keys.sort_by(|a, b| a.key.cmp(&b.key));
-        let delivery = shared.delivery.as_ref();
+        let (unheard, delivery) = (self.unheard(), shared.delivery.as_ref());
         PoolEventsSnapshot {
             keys,
             excluded: shared.excluded(),
             complete: STATIC_MAX_LEVEL >= LevelFilter::TRACE,
-            unknown_messages: shared.unknown.load(Ordering::Relaxed),
+            unknown_messages: unheard.messages,
             pools_closed: shared.pools_closed.load(Ordering::Relaxed),
-            dropped_events: delivery.map_or(0, |delivery| delivery.dropped()),
+            dropped_events: unheard.events,
             sink_panics: delivery.map_or(0, |delivery| delivery.panics()),
         }
     }
