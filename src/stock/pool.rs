@@ -98,16 +98,12 @@ impl PoolSource for StockPool {
     }
 
     fn mishaps(&self) -> [u64; 2] {
-        // The observers are the record's own, which asks them itself.
-        [0, self.events.snapshot().sink_panics]
+        // The observers are the record's own, which asks them itself; they catch their panics.
+        [0, 0]
     }
 
     fn unheard(&self) -> Unheard {
-        let snapshot = self.events.snapshot();
-        Unheard {
-            events: snapshot.dropped_events,
-            messages: snapshot.unknown_messages,
-        }
+        self.events.unheard()
     }
 }
 

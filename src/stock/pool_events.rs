@@ -100,7 +100,9 @@
 //! An exporter's client must not be tracked, or each export would be news to export. Left out are
 //!
 //! - what happens in a suppressed telemetry scope of OpenTelemetry (feature `otel`), on the thread that
-//!   speaks; an SDK's own threads are in one, a client's runtime mostly is not,
+//!   speaks: an SDK's own threads are in one, a client's runtime mostly is not. An authority that is first
+//!   spoken to in such a scope is left out from then on
+//!   ([`PoolEventsSnapshot::excluded`]), since what becomes of its connections is said elsewhere,
 //! - threads that called [`ignore_this_thread`], as those of `init()`'s exporters do,
 //! - authorities that were [excluded](PoolEventsConfig::exclude): by a `Conntrack` those of the standard
 //!   `OTEL_EXPORTER_OTLP_*ENDPOINT` variables, of `init()`'s endpoints, and `localhost:4318`. This is
@@ -146,6 +148,7 @@ use self::published::Published;
 pub(crate) use self::request_watch::{RequestWatch, WaitEnd};
 use self::snapshot::{HAS_SUSPECTS, WORDS, words};
 pub use self::snapshot::{PoolEventsSnapshot, StockKeySnapshot};
+use crate::record::pool::Unheard;
 
 /// Where the events go.
 pub trait PoolEventSink: Send + Sync + 'static {
@@ -249,6 +252,35 @@ impl Shared {
         let cell = (!excluded).then(|| KeyCell::new(Key::from(key), Machine::new()));
         keys.by_text.insert(text.into(), cell.clone());
         cell
+    }
+
+    /// Telemetry speaks to this key. If it is the first to do so, the key is left out from now on: what
+    /// a connection's own task says later is said in no scope.
+    fn suppressed(&self, text: &str) {
+        let known = {
+            let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
+            keys.by_text.get(text).cloned()
+        };
+        match known {
+            Some(Some(cell)) => {
+                self.step(&cell, Input::Missed);
+            }
+            Some(None) => {}
+            None => {
+                let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
+                if keys.by_text.len() < self.config.max_keys {
+                    keys.by_text.entry(text.into()).or_insert(None);
+                }
+            }
+        }
+    }
+
+    fn excluded(&self) -> Vec<String> {
+        let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
+        let excluded = keys.by_text.iter().filter(|(_, cell)| cell.is_none());
+        let mut excluded: Vec<_> = excluded.map(|(text, _)| text.to_string()).collect();
+        excluded.sort_unstable();
+        excluded
     }
 
     fn cells(&self) -> Vec<Arc<KeyCell>> {
@@ -423,6 +455,15 @@ impl PoolEvents {
         delivery.is_none_or(|delivery| delivery.flush(within))
     }
 
+    /// What the sink did not get, and what nobody understood.
+    pub(crate) fn unheard(&self) -> Unheard {
+        let delivery = self.shared.delivery.as_ref();
+        Unheard {
+            events: delivery.map_or(0, |delivery| delivery.dropped()),
+            messages: self.shared.unknown.load(Ordering::Relaxed),
+        }
+    }
+
     /// Gauges and counts. Each key's are consistent, and the events up to its `sequence` sum to them.
     pub fn snapshot(&self) -> PoolEventsSnapshot {
         let shared = &*self.shared;
@@ -438,13 +479,14 @@ impl PoolEvents {
             })
             .collect();
         keys.sort_by(|a, b| a.key.cmp(&b.key));
-        let delivery = shared.delivery.as_ref();
+        let (unheard, delivery) = (self.unheard(), shared.delivery.as_ref());
         PoolEventsSnapshot {
             keys,
+            excluded: shared.excluded(),
             complete: STATIC_MAX_LEVEL >= LevelFilter::TRACE,
-            unknown_messages: shared.unknown.load(Ordering::Relaxed),
+            unknown_messages: unheard.messages,
             pools_closed: shared.pools_closed.load(Ordering::Relaxed),
-            dropped_events: delivery.map_or(0, |delivery| delivery.dropped()),
+            dropped_events: unheard.events,
             sink_panics: delivery.map_or(0, |delivery| delivery.panics()),
         }
     }

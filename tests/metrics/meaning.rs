@@ -57,7 +57,7 @@ async fn declared_names_have_zeros_for_every_reason_before_anything_happens() {
     }
     let open = [own, (names::DIRECTION, "inbound")];
     assert_eq!(now.value(&names::CONNECTIONS, &open), Some(0));
-    assert_eq!(now.series(&names::DROPPED, &[]), 9);
+    assert_eq!(now.series(&names::DROPPED, &[]), 11);
     assert_eq!(now.sum(&names::DROPPED, &[]), 0);
     agree(&now, &conntrack, &[]);
 

@@ -96,6 +96,8 @@ pub fn observables(stats: &Stats, off: &[&str]) -> Points {
         ("phase", dropped.phases),
         ("observer_panic", dropped.observer_panics),
         ("sink_panic", dropped.sink_panics),
+        ("pool_event", dropped.pool_events),
+        ("pool_message", dropped.pool_messages),
     ] {
         add(&names::DROPPED, &[(names::DROPPED_ITEM, item)], n);
     }

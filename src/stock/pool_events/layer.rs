@@ -215,7 +215,7 @@ impl Shared {
             return;
         }
         if is_suppressed() {
-            return;
+            return self.leave_out(event);
         }
         let callsite = event.metadata().callsite();
         match self.callsites.look_up(&callsite) {
@@ -227,6 +227,17 @@ impl Shared {
                 None => self.read(event, Some(index), here),
             },
             None => self.read(event, None, here),
+        }
+    }
+
+    #[cold]
+    fn leave_out(&self, event: &Event<'_>) {
+        let mut text = Text(String::new());
+        event.record(&mut text);
+        if let (_, Some(key)) = message::parse(&text.0) {
+            let mut normal = String::new();
+            key.push_normal(&mut normal);
+            self.suppressed(&normal);
         }
     }
 

@@ -31,12 +31,16 @@ pub(super) fn words(machine: &Machine) -> [u64; WORDS] {
     words
 }
 
-/// What [`PoolEvents`] knows at one moment.
+/// What [`PoolEvents`](super::PoolEvents) knows at one moment.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct PoolEventsSnapshot {
     /// By key.
     pub keys: Vec<StockKeySnapshot>,
+    /// What is left out, by `scheme://authority`, as far as anybody spoke to it: what was
+    /// [excluded](super::PoolEvents::exclude), and what was first spoken to in a suppressed telemetry
+    /// scope.
+    pub excluded: Vec<String>,
     /// Whether TRACE is compiled in. If not, gauges are nothing to go by.
     pub complete: bool,
     /// Messages that were not understood: hyper-util changed, and gauges may be wrong.
