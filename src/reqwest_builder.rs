@@ -5,7 +5,7 @@ use crate::conntrack::Conntrack;
 
 /// Adds tracking to a reqwest client's builder.
 ///
-/// ```
+/// ```no_run
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use otel_conntrack::{Conntrack, ReqwestBuilderExt};
 ///

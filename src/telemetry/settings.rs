@@ -172,7 +172,8 @@ impl Builder {
     }
 
     /// Whether the subscriber that `init` installs has the layer that hears the pools of unmodified
-    /// reqwest and hyper-util clients. Default: DEFAULTWORD.
+    /// reqwest and hyper-util clients, and (feature `reqwest`) which addresses they try. Default: off.
+    /// DEFAULTWORD.
     #[cfg(feature = "stock")]
     pub const fn stock_pool_events(mut self, on: bool) -> Self {
         self.init.stock_pool_events = Some(on);

@@ -67,6 +67,7 @@ type Layers = tower_http::decompression::Decompression<FollowRedirect<Hop, Follo
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
 /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let _ = rustls::crypto::ring::default_provider().install_default();
 /// use otel_conntrack::{ConnectionRecord, Conntrack};
 /// # let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
 /// # let url = format!("http://{}/", listener.local_addr()?);
@@ -163,6 +164,7 @@ impl Transport {
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let _ = rustls::crypto::ring::default_provider().install_default();
     /// use otel_conntrack::{Conntrack, RedirectPolicy};
     /// use std::time::Duration;
     ///
@@ -187,6 +189,7 @@ impl TransportMiddleware {
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let _ = rustls::crypto::ring::default_provider().install_default();
     /// use otel_conntrack::{Conntrack, TransportMiddleware};
     ///
     /// let transport = Conntrack::builder().build()?.transport("search").build()?;

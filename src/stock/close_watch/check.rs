@@ -152,7 +152,6 @@ struct Look<'a> {
     entries: &'a [Entry],
     verdicts: Vec<Verdict>,
     by_key: HashMap<Key, usize>,
-    unscoped: bool,
 }
 
 impl<'a> Look<'a> {
@@ -173,7 +172,6 @@ impl<'a> Look<'a> {
             entries,
             verdicts,
             by_key,
-            unscoped,
         }
     }
 

@@ -182,16 +182,19 @@ impl RequestWatch {
         drop()
     }
 
+    #[cfg(test)]
     /// Whether it waited. None if the pool said nothing of it: the layer is not installed, the host is
     /// left out, the client has no pool, or the request did not come that far.
     pub(crate) fn waited(&self) -> Option<bool> {
         self.is_heard().then_some(self.0.waits > 0)
     }
 
+    #[cfg(test)]
     fn is_heard(&self) -> bool {
         self.0.waits + self.0.taken > 0
     }
 
+    #[cfg(test)]
     /// Whether it had a connection of the idle list at once, in its last checkout. None as for
     /// [`waited`](Self::waited).
     #[allow(clippy::wrong_self_convention)] // "from" is the list's, not a conversion's
