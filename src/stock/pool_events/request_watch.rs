@@ -37,7 +37,7 @@ use crate::event::{ProtocolVersion, WaitOutcome};
 
 /// Hears what the pool says of one request, from its first poll to the end of its future.
 ///
-/// ```ignore
+/// ```text
 /// let mut watch = pool_events.watch_request();
 /// // In `Future::poll`, and when the future is dropped:
 /// let polled = watch.poll_in(|| future.as_mut().poll(cx));

@@ -260,12 +260,17 @@ impl ReqwestFront {
     /// needs for its request builders although nothing is sent with it.
     pub fn build(self) -> Result<ClientWithMiddleware, ConfigError> {
         let middleware = self.middleware()?;
-        let client = reqwest::Client::builder().no_proxy().build();
-        let client = client.map_err(|error| {
-            let help = "reqwest can't make a client; make one yourself, and give it \
-                        `middleware()` by reqwest_middleware::ClientBuilder";
-            ConfigError::new("reqwest::Client", "default", help).with_source(error)
-        })?;
+        let refused = || {
+            let help = "reqwest can't make a client (with `rustls-no-provider` it wants a default \
+                        CryptoProvider of rustls); make one yourself, and give it `middleware()` by \
+                        reqwest_middleware::ClientBuilder";
+            ConfigError::new("reqwest::Client", "default", help)
+        };
+        // It panics where it is built with rustls and finds no provider of cryptography.
+        let client = std::panic::catch_unwind(|| reqwest::Client::builder().no_proxy().build());
+        let client = client
+            .map_err(|_| refused())?
+            .map_err(|error| refused().with_source(error))?;
         Ok(reqwest_middleware::ClientBuilder::new(client)
             .with(middleware)
             .build())
