@@ -3,6 +3,9 @@
 //! A table is read while it changes, and may leave out a socket that was there all the time. So what
 //! is missing in it is asked for once more, by itself where the kernel takes such questions, by a
 //! second reading where not. What is in the table speaks for itself.
+//!
+//! A connection that its peer reset is in no table, though a descriptor may hold what is left of it. A
+//! check takes it for gone, which it is; its notice comes only when the descriptor is closed.
 
 use std::collections::HashMap;
 
@@ -199,5 +202,94 @@ impl<'a> Look<'a> {
         let each = self.entries.iter().zip(&self.verdicts);
         each.filter_map(|((key, identity), verdict)| verdict.ended(*key, *identity, depth))
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::Tuple;
+
+    const ESTABLISHED: u8 = 1;
+    const FIN_WAIT1: u8 = 4;
+    const TIME_WAIT: u8 = 6;
+    const CLOSE_WAIT: u8 = 8;
+
+    fn key(local: &str) -> Key {
+        Key::from(&Tuple {
+            local: local.parse().unwrap(),
+            peer: "[fe80::2]:2".parse().unwrap(),
+        })
+    }
+
+    fn cookie(cookie: u64) -> Identity {
+        Identity::cookie(cookie).unwrap()
+    }
+
+    fn row(key: Key, cookie: Option<u64>, state: u8, held: bool) -> Seen {
+        let mut info = [0; 168];
+        info[0] = state;
+        Seen {
+            key,
+            cookie,
+            state,
+            held,
+            tcp: TcpInfo::parse(&info).filter(|_| state != TIME_WAIT),
+        }
+    }
+
+    #[test]
+    fn what_a_row_says() {
+        let key = key("[fe80::1%1]:1");
+        // The row's cookie, its state, whether it is held; and what has ended, at each depth.
+        let cases = [
+            (7, ESTABLISHED, true, [false, false]),
+            (7, CLOSE_WAIT, true, [false, false]),
+            // Shut down, and held.
+            (7, FIN_WAIT1, true, [false, false]),
+            // Not held, in a table without inodes.
+            (7, ESTABLISHED, false, [false, false]),
+            (7, FIN_WAIT1, false, [true, true]),
+            // Its notice is under way.
+            (7, TIME_WAIT, false, [false, true]),
+            // Another one has its place.
+            (8, ESTABLISHED, true, [false, true]),
+        ];
+        for (its, state, held, expected) in cases {
+            let seen = row(key, Some(its), state, held);
+            let ended = [Depth::Orphans, Depth::All].map(|depth| {
+                let verdict = Verdict::of(cookie(7), Some(&seen));
+                verdict.ended(key, cookie(7), depth).is_some()
+            });
+            assert_eq!(ended, expected, "{its} {state} {held}");
+        }
+        let missing = Verdict::of(cookie(7), None);
+        assert_eq!(missing.ended(key, cookie(7), Depth::Orphans), None);
+        assert!(missing.ended(key, cookie(7), Depth::All).is_some());
+    }
+
+    #[test]
+    fn one_row_that_shows_it_open_outweighs_the_others() {
+        let entries = [(key("[fe80::1%1]:1"), cookie(7))];
+        let open = row(entries[0].0, Some(7), ESTABLISHED, true);
+        let closed = row(entries[0].0, Some(7), FIN_WAIT1, false);
+        let other = row(entries[0].0, Some(8), ESTABLISHED, true);
+        for rows in [[open, closed, other], [other, closed, open]] {
+            let mut look = Look::new(&entries, false);
+            assert_eq!(look.missing(), [0]);
+            rows.iter().for_each(|seen| look.at(seen));
+            assert_eq!(look.ended(Depth::All), []);
+        }
+    }
+
+    #[test]
+    fn what_a_table_does_not_tell_apart_is_not_ended_by_it() {
+        let (one, other) = (key("[fe80::1%1]:1"), key("[fe80::1%2]:1"));
+        let entries = [(one, Identity::ours(1)), (other, Identity::ours(2))];
+        let scoped = Look::new(&entries, false);
+        assert_eq!(scoped.ended(Depth::All).len(), 2);
+        let mut unscoped = Look::new(&entries, true);
+        unscoped.at(&row(one.unscoped(), None, TIME_WAIT, false));
+        assert_eq!(unscoped.ended(Depth::All), []);
     }
 }
