@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use self::error::{InFlightError, InFlightLimitError};
-use self::key::KeyRef;
+use self::key::UrlRef;
 use self::machine::Limits;
 pub use self::service::{InFlightBody, InFlightFuture, InFlightService};
 use self::shell::{Begun, Shell};
@@ -139,9 +139,11 @@ impl InFlightLimit {
     }
 
     /// A request of the span that is current now asks for a place.
-    fn enter(&self, key: Option<KeyRef<'_>>) -> Admission {
-        let key = key.filter(|_| !suppressed())?;
-        Some(self.0.enter(key, Caller::current()))
+    fn enter(&self, url: UrlRef<'_>) -> Admission {
+        if suppressed() {
+            return None;
+        }
+        self.0.enter(url, Caller::current())
     }
 }
 

@@ -9,6 +9,41 @@ use http::Uri;
 use super::machine::HostIx;
 use crate::event::{PoolKey, Target};
 
+/// A request's URL.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum UrlRef<'a> {
+    Http(&'a Uri),
+    #[cfg(feature = "reqwest")]
+    Reqwest(&'a reqwest::Url),
+}
+
+impl<'a> UrlRef<'a> {
+    /// Scheme and authority as they stand there: the same text is the same host.
+    fn text(self) -> (&'a str, &'a str) {
+        match self {
+            Self::Http(uri) => (
+                uri.scheme_str().unwrap_or_default(),
+                uri.authority().map_or("", |authority| authority.as_str()),
+            ),
+            #[cfg(feature = "reqwest")]
+            Self::Reqwest(url) => (url.scheme(), url.authority()),
+        }
+    }
+
+    /// None for a URL without a host: no client can send it, and it says so itself.
+    pub(super) fn key(self) -> Option<KeyRef<'a>> {
+        match self {
+            Self::Http(uri) => KeyRef::new(
+                uri.scheme_str().unwrap_or_default(),
+                uri.host()?,
+                uri.port_u16(),
+            ),
+            #[cfg(feature = "reqwest")]
+            Self::Reqwest(url) => KeyRef::new(url.scheme(), url.host_str()?, url.port()),
+        }
+    }
+}
+
 /// A request's host, borrowed from its URL.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct KeyRef<'a> {
@@ -20,20 +55,6 @@ pub(super) struct KeyRef<'a> {
 }
 
 impl<'a> KeyRef<'a> {
-    /// None for a URL without a host: no client can send it, and it says so itself.
-    pub(super) fn of_uri(uri: &'a Uri) -> Option<Self> {
-        Self::new(
-            uri.scheme_str().unwrap_or_default(),
-            uri.host()?,
-            uri.port_u16(),
-        )
-    }
-
-    #[cfg(feature = "reqwest")]
-    pub(super) fn of_url(url: &'a reqwest::Url) -> Option<Self> {
-        Self::new(url.scheme(), url.host_str()?, url.port())
-    }
-
     fn new(scheme: &'a str, host: &'a str, port: Option<u16>) -> Option<Self> {
         let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
         let host = bare.unwrap_or(host);
@@ -47,12 +68,6 @@ impl<'a> KeyRef<'a> {
             host,
             port: port.or(default),
         })
-    }
-
-    fn is(&self, target: &Target) -> bool {
-        self.port == target.port
-            && *self.scheme == *target.scheme.as_deref().unwrap_or_default()
-            && self.host.eq_ignore_ascii_case(&target.host)
     }
 
     /// A text that no other host has.
@@ -90,53 +105,61 @@ impl<'a> KeyRef<'a> {
 #[derive(Debug, Default)]
 pub(super) struct Keys {
     by_text: HashMap<Arc<str>, HostIx>,
-    by_place: Vec<Option<(Arc<PoolKey>, Arc<str>)>>,
-    /// The one found last: most often it is asked for again.
+    by_place: Vec<Option<Arc<str>>>,
+    /// The host found last, with its URL's scheme and authority: most often the next request has the
+    /// same.
     recent: Option<HostIx>,
+    recent_text: (String, String),
     /// Where a key's text is made.
     text: String,
 }
 
 impl Keys {
-    /// The place of a host that is known.
-    pub(super) fn find(&mut self, key: KeyRef<'_>) -> Option<HostIx> {
-        if let Some(at) = self.recent
-            && key.is(&self.key(at)?.target)
-        {
-            return Some(at);
-        }
-        self.text.clear();
-        key.push_to(&mut self.text);
-        let at = self.by_text.get(&*self.text).copied()?;
-        self.recent = Some(at);
-        Some(at)
+    /// The host of the request before, if this one's URL names it in the same words.
+    pub(super) fn again(&self, url: UrlRef<'_>) -> Option<HostIx> {
+        let (scheme, authority) = url.text();
+        self.recent
+            .filter(|_| self.recent_text.1 == authority && self.recent_text.0 == scheme)
     }
 
-    /// Keeps the place of a host that was not known.
-    pub(super) fn add(&mut self, key: KeyRef<'_>, owned: Arc<PoolKey>, at: HostIx) {
-        let place = at.0 as usize;
-        if self.by_place.len() <= place {
-            self.by_place.resize_with(place + 1, || None);
-        }
+    /// The place of a host; `add` makes one for a host that is not known.
+    pub(super) fn find(
+        &mut self,
+        url: UrlRef<'_>,
+        key: KeyRef<'_>,
+        add: impl FnOnce() -> HostIx,
+    ) -> HostIx {
         self.text.clear();
         key.push_to(&mut self.text);
-        let text: Arc<str> = self.text.as_str().into();
-        self.by_place[place] = Some((owned, text.clone()));
-        self.by_text.insert(text, at);
-        self.recent = Some(at);
-    }
-
-    pub(super) fn key(&self, at: HostIx) -> Option<&Arc<PoolKey>> {
-        self.by_place
-            .get(at.0 as usize)?
-            .as_ref()
-            .map(|(key, _)| key)
+        let at = match self.by_text.get(&*self.text) {
+            Some(at) => *at,
+            None => {
+                let at = add();
+                let (place, text) = (at.0 as usize, Arc::<str>::from(&*self.text));
+                if self.by_place.len() <= place {
+                    self.by_place.resize_with(place + 1, || None);
+                }
+                self.by_place[place] = Some(text.clone());
+                self.by_text.insert(text, at);
+                at
+            }
+        };
+        let (scheme, authority) = url.text();
+        // What may be a password is not kept.
+        self.recent = (!authority.contains('@')).then_some(at);
+        if self.recent.is_some() {
+            self.recent_text.0.clear();
+            self.recent_text.0.push_str(scheme);
+            self.recent_text.1.clear();
+            self.recent_text.1.push_str(authority);
+        }
+        at
     }
 
     /// A host is forgotten.
     pub(super) fn remove(&mut self, at: HostIx) {
         let place = self.by_place.get_mut(at.0 as usize);
-        if let Some((_, text)) = place.and_then(Option::take) {
+        if let Some(text) = place.and_then(Option::take) {
             self.by_text.remove(&text);
         }
         self.recent = self.recent.filter(|recent| *recent != at);
@@ -147,13 +170,16 @@ impl Keys {
 mod tests {
     use super::*;
 
-    fn at(keys: &mut Keys, url: &str, next: u32) -> HostIx {
-        let uri: Uri = url.parse().unwrap();
-        let key = KeyRef::of_uri(&uri).unwrap();
-        keys.find(key).unwrap_or_else(|| {
-            keys.add(key, Arc::new(key.to_key()), HostIx(next));
-            HostIx(next)
-        })
+    fn at(keys: &mut Keys, url: UrlRef<'_>, next: u32) -> HostIx {
+        if let Some(again) = keys.again(url) {
+            return again;
+        }
+        let key = url.key().unwrap();
+        keys.find(url, key, || HostIx(next))
+    }
+
+    fn of(keys: &mut Keys, url: &str, next: u32) -> HostIx {
+        at(keys, UrlRef::Http(&url.parse().unwrap()), next)
     }
 
     #[test]
@@ -170,15 +196,16 @@ mod tests {
         ];
         for (n, [first, _]) in urls.iter().enumerate() {
             let n = n as u32;
-            assert_eq!(at(&mut keys, first, n), HostIx(n), "{first}");
+            assert_eq!(of(&mut keys, first, n), HostIx(n), "{first}");
         }
         for (n, [first, second]) in urls.iter().enumerate() {
             let n = n as u32;
-            assert_eq!(at(&mut keys, second, 99), HostIx(n), "{second}");
-            assert_eq!(at(&mut keys, first, 99), HostIx(n), "{first}");
+            assert_eq!(of(&mut keys, second, 99), HostIx(n), "{second}");
+            assert_eq!(of(&mut keys, first, 99), HostIx(n), "{first}");
         }
-        let v6 = keys.key(HostIx(4)).unwrap().to_string();
-        assert_eq!(v6, "http://[::1]:80");
+        let uri = "http://[::1]/".parse().unwrap();
+        let v6 = UrlRef::Http(&uri).key().unwrap().to_key();
+        assert_eq!(v6.to_string(), "http://[::1]:80");
     }
 
     #[cfg(feature = "reqwest")]
@@ -195,27 +222,36 @@ mod tests {
         {
             let n = n as u32;
             let url: reqwest::Url = url.parse().unwrap();
-            let key = KeyRef::of_url(&url).unwrap();
-            keys.add(key, Arc::new(key.to_key()), HostIx(n));
-            assert_eq!(at(&mut keys, url.as_str(), 99), HostIx(n), "{url}");
+            assert_eq!(at(&mut keys, UrlRef::Reqwest(&url), n), HostIx(n));
+            assert_eq!(of(&mut keys, url.as_str(), 99), HostIx(n), "{url}");
         }
     }
 
     #[test]
     fn a_host_that_is_forgotten_is_made_anew() {
         let mut keys = Keys::default();
-        let first = at(&mut keys, "http://a/", 0);
+        let first = of(&mut keys, "http://a/", 0);
         keys.remove(first);
         // Its place goes to another one.
-        assert_eq!(at(&mut keys, "http://b/", 0), HostIx(0));
-        assert_eq!(at(&mut keys, "http://a/", 1), HostIx(1));
+        assert_eq!(of(&mut keys, "http://b/", 0), HostIx(0));
+        assert_eq!(of(&mut keys, "http://a/", 1), HostIx(1));
         assert_eq!(keys.by_text.len(), 2);
     }
 
     #[test]
     fn a_url_without_a_host_has_no_key() {
         for url in ["/path", "*"] {
-            assert!(KeyRef::of_uri(&url.parse().unwrap()).is_none(), "{url}");
+            assert!(UrlRef::Http(&url.parse().unwrap()).key().is_none(), "{url}");
         }
+    }
+
+    #[test]
+    fn a_password_is_not_kept() {
+        let mut keys = Keys::default();
+        of(&mut keys, "http://user:secret@a/", 0);
+        assert!(!format!("{keys:?}").contains("secret"));
+        assert_eq!(of(&mut keys, "http://a/", 99), HostIx(0));
+        assert_eq!(of(&mut keys, "http://user:secret@a/", 99), HostIx(0));
+        assert!(!format!("{keys:?}").contains("secret"));
     }
 }

@@ -278,6 +278,10 @@ impl Machine {
         self.limits
     }
 
+    pub(super) fn key(&self, host: HostIx) -> &Arc<PoolKey> {
+        &self.hosts[host.0 as usize].key
+    }
+
     /// The counts by host slot, with what only a look at all hosts tells.
     pub(super) fn counts(&mut self, now: Now) -> Vec<HostCounts> {
         for counts in &mut self.counts {

@@ -3,7 +3,7 @@
 use reqwest::{Request, Response};
 use reqwest_middleware::{Error, Middleware, Next};
 
-use super::key::KeyRef;
+use super::key::UrlRef;
 use super::shell::Begun;
 use super::{InFlightLimit, hold_place};
 
@@ -15,7 +15,7 @@ impl Middleware for InFlightLimit {
         extensions: &mut http::Extensions,
         next: Next<'_>,
     ) -> reqwest_middleware::Result<Response> {
-        let place = match self.enter(KeyRef::of_url(request.url())) {
+        let place = match self.enter(UrlRef::Reqwest(request.url())) {
             None => None,
             Some(Begun::Goes(place)) => Some(place),
             Some(Begun::Waits(waiting)) => Some(waiting.await.map_err(Error::middleware)?),

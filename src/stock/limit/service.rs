@@ -12,7 +12,7 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::error::{InFlightError, InFlightLimitError};
-use super::key::KeyRef;
+use super::key::UrlRef;
 use super::shell::{Begun, Place, Waiting};
 use super::{Admission, InFlightLimit};
 use crate::outbound::held::Held;
@@ -87,7 +87,7 @@ where
     }
 
     fn call(&mut self, request: http::Request<B>) -> Self::Future {
-        let admission = self.limit.enter(KeyRef::of_uri(request.uri()));
+        let admission = self.limit.enter(UrlRef::Http(request.uri()));
         self.begin(admission, request)
     }
 }
@@ -106,7 +106,7 @@ where
     }
 
     fn call(&mut self, request: reqwest::Request) -> Self::Future {
-        let admission = self.limit.enter(KeyRef::of_url(request.url()));
+        let admission = self.limit.enter(UrlRef::Reqwest(request.url()));
         self.begin(admission, request)
     }
 }

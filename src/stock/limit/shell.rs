@@ -18,7 +18,7 @@ use slab::Slab;
 use tokio::time::{Instant, Sleep};
 
 use super::error::InFlightLimitError;
-use super::key::{KeyRef, Keys};
+use super::key::{Keys, UrlRef};
 use super::machine::{Asker, Entered, Limits, Machine, PlaceIx, WaiterIx};
 use crate::event::{IoLayer, PoolEvent, WaitOutcome};
 use crate::observer::Observer;
@@ -102,24 +102,28 @@ impl Shell {
         }
     }
 
-    /// A request asks for a place.
-    pub(super) fn enter(self: &Arc<Self>, key: KeyRef<'_>, caller: Caller) -> Begun {
+    /// A request asks for a place; none if its URL has no host.
+    pub(super) fn enter(self: &Arc<Self>, url: UrlRef<'_>, caller: Caller) -> Option<Begun> {
         let mut guard = self.lock();
         let state = &mut *guard;
         let (machine, keys) = (&mut state.machine, &mut state.keys);
-        let host = keys.find(key).unwrap_or_else(|| {
-            let owned = Arc::new(key.to_key());
-            let slot = self.scope.host_slot(&owned.target, IoLayer::Wire);
-            let host = machine.add_host(owned.clone(), slot);
-            keys.add(key, owned, host);
-            host
-        });
+        let host = match keys.again(url) {
+            Some(host) => host,
+            None => {
+                let key = url.key()?;
+                keys.find(url, key, || {
+                    let key = Arc::new(key.to_key());
+                    let slot = self.scope.host_slot(&key.target, IoLayer::Wire);
+                    machine.add_host(key, slot)
+                })
+            }
+        };
         let asker = Asker {
             trace: caller.trace(),
             recording: caller.is_recording(),
             token: state.cells.vacant_key(),
         };
-        match machine.enter(host, asker, || self.now()) {
+        Some(match machine.enter(host, asker, || self.now()) {
             Entered::Goes(at) => Begun::Goes(Place {
                 shell: self.clone(),
                 at: Some(at),
@@ -134,22 +138,21 @@ impl Shell {
                     // None as well for one that is too far away to be a time.
                     deadline: self
                         .wait_timeout
-                        .and_then(|t| Instant::now().checked_add(t)),
+                        .and_then(|timeout| Instant::now().checked_add(timeout)),
                     timer: None,
                 })
             }
             Entered::QueueFull(waiting) => {
-                let limits = machine.limits();
-                let known = keys.key(host).cloned();
+                let (limits, key) = (machine.limits(), machine.key(host).clone());
                 self.tell(guard);
                 Begun::Refused(InFlightLimitError::QueueFull {
-                    key: known.unwrap_or_else(|| Arc::new(key.to_key())),
+                    key,
                     limit: limits.in_flight,
                     waiting,
                     max: limits.waiters.unwrap_or(waiting),
                 })
             }
-        }
+        })
     }
 
     /// A request is over.
