@@ -136,6 +136,7 @@ struct Here {
 /// Whom the thread's last message was about, as it was spelt there.
 struct Last {
     layer: u64,
+    text: String,
     scheme: String,
     authority: String,
     cell: Arc<KeyCell>,
@@ -251,6 +252,13 @@ impl Shared {
                 .remember(event.metadata().callsite(), index.unwrap_or(UNKNOWN));
             index
         });
+        if let Some(index) = index
+            && let Some((message, cell)) = self.as_before(index, &text.0, here)
+        {
+            self.keyed(message, &cell, here);
+            here.text.set(text.0);
+            return;
+        }
         // A call site that says now this and now that is read afresh.
         let parsed = index
             .and_then(|index| message::parse_as(index, &text.0))
@@ -267,6 +275,21 @@ impl Shared {
             (message, None) => self.keyless(message),
         }
         here.text.set(text.0);
+    }
+
+    /// The message, if it is about the key of the thread's message before, spelt alike.
+    fn as_before(
+        &self,
+        index: usize,
+        text: &str,
+        here: &Here,
+    ) -> Option<(PoolMessage, Arc<KeyCell>)> {
+        let last = here.last.borrow();
+        let last = last.as_ref().filter(|last| last.layer == self.id)?;
+        let message = message::about(index, text, &last.text)?;
+        // It may have been excluded since.
+        let excluded = last.cell.excluded.load(Ordering::Relaxed);
+        (!excluded).then(|| (message, last.cell.clone()))
     }
 
     /// The key's cell: mostly that of the thread's message before.
@@ -286,6 +309,7 @@ impl Shared {
         let cell = self.cell(&normal, key)?;
         *last = Some(Last {
             layer: self.id,
+            text: key.to_text(),
             scheme: key.scheme.into(),
             authority: key.authority.into(),
             cell: cell.clone(),

@@ -75,6 +75,12 @@ pub struct KeyRef<'a> {
 }
 
 impl KeyRef<'_> {
+    /// As it stands in a message, if that has no name and password in it.
+    pub(super) fn to_text(self) -> String {
+        let Self { scheme, authority } = self;
+        format!("(\"{scheme}\", {authority})")
+    }
+
     /// Appends `scheme://authority` in lower case, by which keys are found.
     pub(super) fn push_normal(&self, to: &mut String) {
         for part in [self.scheme, "://", self.authority] {
@@ -326,6 +332,19 @@ pub(super) fn parse_as(index: usize, text: &str) -> Option<(PoolMessage, Option<
     Some((message, Some(parse_key(key)?)))
 }
 
+/// The message of this index, if it is about the key that stands in it exactly like this. Messages
+/// mostly are about the key of the one before; then nothing has to be searched for.
+pub(super) fn about(index: usize, text: &str, key: &str) -> Option<PoolMessage> {
+    let pattern = PATTERNS.get(index)?;
+    let after = pattern.after?;
+    let rest = text.strip_prefix(pattern.before)?.strip_prefix(key)?;
+    if pattern.message == TAKE {
+        let idle_timeout = parse_timeout(rest.strip_prefix(": expiration = ")?)?;
+        return Some(PoolMessage::Take { idle_timeout });
+    }
+    (rest == after).then_some(pattern.message)
+}
+
 /// `("http", 127.0.0.1:8080)`
 fn parse_key(text: &str) -> Option<KeyRef<'_>> {
     let (scheme, authority) = text
@@ -443,6 +462,28 @@ mod tests {
 
     fn unknown(text: &str) {
         assert_eq!(parse(text), (PoolMessage::Unknown, None), "{text}");
+    }
+
+    #[test]
+    fn a_message_about_a_known_key_is_the_same_by_the_short_way() {
+        let key = KeyRef {
+            scheme: "http",
+            authority: "a.example:80",
+        };
+        let spelt = key.to_text();
+        for (pattern, message) in ALL {
+            let text = pattern.replace("KEY", &spelt);
+            let index = index_of(&text).unwrap_or(KNOWN);
+            assert_eq!(about(index, &text, &spelt), Some(*message));
+            assert_eq!(parse(&text), (*message, Some(key)));
+            // Nothing but exactly that, of that key.
+            for other in [format!("{text} "), format!("{text})"), format!("x{text}")] {
+                assert_eq!(about(index, &other, &spelt), None, "{other}");
+            }
+            let longer = pattern.replace("KEY", "(\"http\", a.example:8080)");
+            assert_eq!(about(index, &longer, &spelt), None, "{longer}");
+        }
+        assert_eq!(about(KNOWN, "", &spelt), None);
     }
 
     #[test]
