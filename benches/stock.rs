@@ -138,7 +138,10 @@ impl Bench {
     /// Seconds for one load on one side, connections set up before.
     fn measure(&self, side: Side, load: Load) -> f64 {
         let dispatch = (side == Side::Pool).then(|| {
-            let layer = self.conntrack.stock_layer();
+            let layer = self
+                .conntrack
+                .stock_layer()
+                .expect("the one before is gone");
             tracing::Dispatch::new(tracing_subscriber::registry().with(layer))
         });
         let runtime = runtime(dispatch.clone());

@@ -413,6 +413,8 @@ struct Reqwest {
 
 impl Reqwest {
     fn new(address: SocketAddr) -> Self {
+        // It is built with rustls, and wants this also where no TLS is spoken.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let client = reqwest::Client::builder().no_proxy().build();
         Self {
             client: client.expect("the settings are right"),

@@ -32,6 +32,7 @@ struct Client {
 }
 
 fn reqwest_client() -> reqwest::Client {
+    support::tls::install();
     reqwest::Client::builder().no_proxy().build().unwrap()
 }
 

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use otel_conntrack::stock::pool_events::{PoolEvents, PoolMessage, TARGET, parse};
-use support::{Memory, Server, of};
+use support::{Memory, Server, of, plain};
 use tokio::sync::Notify;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
@@ -105,7 +105,7 @@ impl Canary {
     }
 
     fn client(&self) -> reqwest::ClientBuilder {
-        reqwest::Client::builder().no_proxy()
+        plain()
     }
 
     async fn get(&self, client: &reqwest::Client, path: &str) {

@@ -25,7 +25,7 @@ use otel_conntrack::{
     CloseReason, Conntrack, Hooks, Observer, PoolEvent, PoolEventKind as Kind, PoolHostStats,
     PoolStats, WaitOutcome,
 };
-use stock::{Server, runtime};
+use stock::{Server, plain, runtime};
 use tracing_subscriber::Registry;
 use tracing_subscriber::layer::SubscriberExt;
 
@@ -77,7 +77,7 @@ fn dispatch(conntrack: &Conntrack) -> tracing::Dispatch {
 }
 
 fn client() -> reqwest::Client {
-    reqwest::Client::builder().no_proxy().build().unwrap()
+    plain().build().unwrap()
 }
 
 async fn get(client: &reqwest::Client, url: String) {

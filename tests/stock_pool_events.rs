@@ -13,7 +13,7 @@ use otel_conntrack::stock::pool_events::{
     IdleOutReason, Key, PoolEventSink, PoolEvents, PoolEventsConfig, StockKeySnapshot,
     StockPoolEvent, StockPoolEventKind as Kind, StockWaitOutcome, TARGET, ignore_this_thread,
 };
-use support::{Memory, Server, of, runtime};
+use support::{Memory, Server, of, plain, plain_blocking, runtime};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
@@ -199,7 +199,7 @@ fn http1_under_load(clients: usize, max_idle: usize) {
         let server = Server::start().await;
         let clients: Vec<_> = (0..clients)
             .map(|_| {
-                let client = reqwest::Client::builder().no_proxy();
+                let client = plain();
                 client.pool_max_idle_per_host(max_idle).build().unwrap()
             })
             .collect();
@@ -240,8 +240,7 @@ fn http1_idle_is_exact_once_the_interval_has_found_what_a_closing_server_closed(
     let rig = rig(roomy());
     run(&rig.dispatch, async {
         let server = Server::start().await;
-        let client = reqwest::Client::builder()
-            .no_proxy()
+        let client = plain()
             .pool_idle_timeout(Duration::from_millis(200))
             .build()
             .unwrap();
@@ -277,11 +276,7 @@ fn http2_under_load(told: bool) {
         if told {
             rig.pool_events.negotiated_h2(&server.key);
         }
-        let client = reqwest::Client::builder()
-            .no_proxy()
-            .http2_prior_knowledge()
-            .build()
-            .unwrap();
+        let client = plain().http2_prior_knowledge().build().unwrap();
         let clients = [client];
         let mut random = Random::new();
         for round in 0..6 {
@@ -437,7 +432,7 @@ fn two_listeners_in_one_subscriber_do_not_disturb_each_other() {
     let dispatch = tracing::Dispatch::new(subscriber);
     run(&dispatch, async {
         let server = Server::start().await;
-        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let client = plain().build().unwrap();
         for _ in 0..4 {
             let response = client.get(server.url("")).send().await.unwrap();
             response.text().await.unwrap();
@@ -490,7 +485,7 @@ fn what_a_dropped_client_held_idle_is_marked_and_taken_out() {
     run(&rig.dispatch, async {
         let server = Server::start().await;
         let client = || {
-            let client = reqwest::Client::builder().no_proxy();
+            let client = plain();
             client
                 .pool_idle_timeout(Duration::from_secs(1))
                 .build()
@@ -556,7 +551,7 @@ fn an_excluded_authority_and_an_ignored_thread_are_never_tracked() {
     let rig = rig(roomy());
     run(&rig.dispatch, async {
         let (server, collector) = (Server::start().await, Server::start().await);
-        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let client = plain().build().unwrap();
         let get = async |server: &Server| {
             let response = client.get(server.url("")).send().await.unwrap();
             response.text().await.unwrap();
@@ -715,7 +710,7 @@ fn the_applications_own_log_stays_as_it_is() {
     let dispatch = tracing::Dispatch::new(subscriber);
     run(&dispatch, async {
         let server = Server::start().await;
-        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let client = plain().build().unwrap();
         for _ in 0..3 {
             client.get(server.url("")).send().await.unwrap();
         }
@@ -790,7 +785,7 @@ fn a_sink_may_panic_and_may_use_the_client_that_it_watches() {
         fn event(&self, _: &Key, event: StockPoolEvent) {
             let url = self.url.lock().unwrap().take();
             if let Some(url) = url {
-                let client = reqwest::blocking::Client::builder().no_proxy();
+                let client = plain_blocking();
                 let answer = client.build().unwrap().get(url).send().unwrap();
                 self.answers.lock().unwrap().push(answer.text().unwrap());
             }
@@ -806,7 +801,7 @@ fn a_sink_may_panic_and_may_use_the_client_that_it_watches() {
     run(&tracing::Dispatch::new(subscriber), async {
         let server = Server::start().await;
         *sink.url.lock().unwrap() = Some(server.url(""));
-        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let client = plain().build().unwrap();
         let response = client.get(server.url("")).send().await.unwrap();
         response.text().await.unwrap();
         server

@@ -48,6 +48,7 @@ impl Ours {
         pool: impl FnOnce(TransportBuilder) -> TransportBuilder,
         front: impl FnOnce(ReqwestFront) -> ReqwestFront,
     ) -> Self {
+        tls::install();
         let conntrack = Conntrack::builder().build().unwrap();
         let told = Told::default();
         let transport = conntrack.transport("test").no_env_proxy();

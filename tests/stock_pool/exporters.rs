@@ -19,7 +19,7 @@ use tokio::runtime::Handle;
 use tracing_subscriber::layer::SubscriberExt;
 
 use super::child::{role, run};
-use super::stock::Server;
+use super::stock::{Server, plain_blocking};
 use super::support::receiver::Receiver;
 use super::{client, get, pool};
 
@@ -126,7 +126,7 @@ fn an_exporter_over_blocking_reqwest_is_left_out_by_its_endpoint() {
         |receiver| {
             let endpoint = receiver.http_endpoint();
             let authority = receiver.http_addr().to_string();
-            let client = reqwest::blocking::Client::builder().no_proxy();
+            let client = plain_blocking();
             let provider = provider(&endpoint, Blocking(client.build().unwrap()));
             let conntrack = Conntrack::builder()
                 .meter_provider(provider.clone())
@@ -147,7 +147,7 @@ fn an_exporter_over_blocking_reqwest_is_left_out_by_its_thread() {
     in_child(
         "an_exporter_over_blocking_reqwest_is_left_out_by_its_thread",
         |receiver| {
-            let client = reqwest::blocking::Client::builder().no_proxy();
+            let client = plain_blocking();
             let provider = provider(&receiver.http_endpoint(), Blocking(client.build().unwrap()));
             let conntrack = Conntrack::builder()
                 .meter_provider(provider.clone())
@@ -177,7 +177,7 @@ fn an_exporter_over_blocking_reqwest_is_left_out_by_the_environment() {
         run(TEST, "exports", &variables, BOUND).well();
         return received(&receiver);
     };
-    let client = reqwest::blocking::Client::builder().no_proxy();
+    let client = plain_blocking();
     let provider = provider(&endpoint, Blocking(client.build().unwrap()));
     let builder = Conntrack::builder().meter_provider(provider.clone());
     let conntrack = builder.build().unwrap();

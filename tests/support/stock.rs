@@ -239,3 +239,21 @@ pub fn of(pool_events: &PoolEvents, key: &Key) -> StockKeySnapshot {
         .unwrap_or_else(|| panic!("no {key} in {snapshot:?}"))
         .clone()
 }
+
+/// A stock client's builder, without proxies from the environment.
+pub fn plain() -> reqwest::ClientBuilder {
+    provider();
+    reqwest::Client::builder().no_proxy()
+}
+
+/// The same of the blocking one.
+pub fn plain_blocking() -> reqwest::blocking::ClientBuilder {
+    provider();
+    reqwest::blocking::Client::builder().no_proxy()
+}
+
+/// reqwest is built with rustls here, and wants a provider also where no TLS is spoken.
+fn provider() {
+    // An error says that one is installed already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}

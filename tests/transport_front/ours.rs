@@ -321,6 +321,7 @@ impl Middleware for Counts {
 
 #[tokio::test]
 async fn it_is_the_last_of_several_middlewares() {
+    crate::tls::install();
     let site = Site::start().await;
     let conntrack = Conntrack::builder().build().unwrap();
     let transport = conntrack.transport("test").no_env_proxy().build().unwrap();
