@@ -230,8 +230,7 @@ async fn a_connect_that_is_given_up_is_cancelled() {
 #[test]
 fn what_is_seen_belongs_to_the_right_set_up() {
     const HOSTS: usize = 32;
-    let dispatch = subscriber();
-    let of_threads = dispatch.clone();
+    let of_threads = subscriber();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(4)
         .enable_all()

@@ -78,13 +78,13 @@ impl Lingering {
         Some(connection.clone())
     }
 
-    /// Takes out what was held back for long enough.
-    pub(super) fn due(&self, now: Instant) -> Vec<Gone> {
+    /// Takes out what was held back for long enough; without a time, all of it.
+    pub(super) fn due(&self, now: Option<Instant>) -> Vec<Gone> {
         if self.is_empty() {
             return Vec::new();
         }
         let mut gone = lock(&self.gone);
-        let is_due = |gone: &Gone| gone.answered || gone.until <= now;
+        let is_due = |gone: &Gone| gone.answered || now.is_none_or(|now| gone.until <= now);
         let (due, rest) = gone.drain(..).partition::<VecDeque<_>, _>(is_due);
         *gone = rest;
         self.length.store(gone.len(), Relaxed);

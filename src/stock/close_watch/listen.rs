@@ -36,21 +36,30 @@ pub(super) fn run(watch: &Watch, mut notices: Notices, behind: bool) {
             return watch.kernel.failed();
         }
         ear.resync(now, capacity);
-        ear.end_lingering(now);
+        end_lingering(watch, Some(now));
         if ear.was_empty(now) && watch.kernel.leave(watch) {
             return;
         }
     }
 }
 
-/// Nothing here panics; if it did, what is watched must not wait for notices.
+/// However it ends, what was held back is told: nobody else would. Nothing here panics; if it did,
+/// what is watched must not wait for notices.
 struct Left<'a>(&'a Watch);
 
 impl Drop for Left<'_> {
     fn drop(&mut self) {
+        end_lingering(self.0, None);
         if std::thread::panicking() {
             self.0.kernel.failed();
         }
+    }
+}
+
+/// Ends what was held back for its response for long enough; without a time, all of it.
+fn end_lingering(watch: &Watch, now: Option<Instant>) {
+    for gone in watch.lingering.due(now) {
+        watch.end(vec![gone.guard], By::Notice, gone.tcp);
     }
 }
 
@@ -166,13 +175,6 @@ impl<'a> Ear<'a> {
         count(&self.watch.counts.resyncs);
         self.resync_from = now + now.elapsed() * SHARE;
         self.watch.end_all(ended, By::Check);
-    }
-
-    /// Ends what was held back for its response.
-    fn end_lingering(&self, now: Instant) {
-        for gone in self.watch.lingering.due(now) {
-            self.watch.end(vec![gone.guard], By::Notice, gone.tcp);
-        }
     }
 
     /// Whether nothing has been watched for as long as a listener stays.
