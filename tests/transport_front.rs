@@ -16,6 +16,8 @@ mod ours;
 mod same;
 #[path = "transport_front/site.rs"]
 mod site;
+#[path = "transport_front/times.rs"]
+mod times;
 #[path = "support/tls.rs"]
 #[allow(unreachable_pub)]
 mod tls;

@@ -2,8 +2,6 @@
 //! and all that the server saw is equal.
 
 use std::net::SocketAddr;
-use std::pin::pin;
-use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream;
@@ -16,12 +14,12 @@ use reqwest::multipart::{Form, Part};
 use reqwest::redirect::Policy;
 use reqwest::{Client, ClientBuilder, RequestBuilder, Response, StatusCode, Url, Version};
 
+use super::Ours;
 use super::site::Site;
-use super::{LONG, Ours};
 
-type Plain = fn(ClientBuilder) -> ClientBuilder;
-type Front = fn(ReqwestFront) -> ReqwestFront;
-type Ask = fn(&Client, &Site, &Site) -> RequestBuilder;
+pub(crate) type Plain = fn(ClientBuilder) -> ClientBuilder;
+pub(crate) type Front = fn(ReqwestFront) -> ReqwestFront;
+pub(crate) type Ask = fn(&Client, &Site, &Site) -> RequestBuilder;
 
 /// The same calls on both builders.
 macro_rules! both {
@@ -29,10 +27,11 @@ macro_rules! both {
         ((|b| b $($calls)*) as Plain, (|b| b $($calls)*) as Front)
     };
 }
+pub(crate) use both;
 
 /// What came of a request.
 #[derive(Debug, PartialEq)]
-enum Came {
+pub(crate) enum Came {
     Answer {
         status: StatusCode,
         url: Url,
@@ -46,7 +45,7 @@ enum Came {
 }
 
 impl Came {
-    async fn of(response: Response) -> Self {
+    pub(crate) async fn of(response: Response) -> Self {
         let lines = |headers: &HeaderMap| {
             let known = headers.iter().filter(|(name, _)| *name != "date");
             known
@@ -73,7 +72,7 @@ impl Came {
 }
 
 /// One word for what reqwest says.
-fn word(error: &reqwest::Error) -> &'static str {
+pub(crate) fn word(error: &reqwest::Error) -> &'static str {
     match error {
         _ if error.is_timeout() => "timeout",
         _ if error.is_redirect() => "redirect",
@@ -84,7 +83,7 @@ fn word(error: &reqwest::Error) -> &'static str {
 }
 
 /// The same word for what we say.
-fn our_word(error: &reqwest_middleware::Error) -> &'static str {
+pub(crate) fn our_word(error: &reqwest_middleware::Error) -> &'static str {
     let reqwest_middleware::Error::Middleware(error) = error else {
         panic!("{error}");
     };
@@ -103,7 +102,7 @@ fn our_word(error: &reqwest_middleware::Error) -> &'static str {
 }
 
 /// Asks both, over HTTP/1 and HTTP/2; gives what came last.
-async fn same(name: &str, (plain, front): (Plain, Front), asks: &[Ask]) -> Came {
+pub(crate) async fn same(name: &str, (plain, front): (Plain, Front), asks: &[Ask]) -> Came {
     let (site, other) = (Site::start().await, Site::start().await);
     let mut last = None;
     for versions in [HttpVersions::Auto, HttpVersions::Http2] {
@@ -149,7 +148,7 @@ fn body(came: &Came) -> &str {
 }
 
 #[track_caller]
-fn status(came: &Came) -> u16 {
+pub(crate) fn status(came: &Came) -> u16 {
     match came {
         Came::Answer { status, .. } => status.as_u16(),
         Came::Error(error) => panic!("{error}"),
@@ -538,122 +537,6 @@ macro_rules! wrong {
     };
 }
 use wrong;
-
-/// Asks both; when all has come that comes, the clock jumps to where the time is over.
-async fn runs_out(name: &str, (plain, front): (Plain, Front), ask: Ask, stuck: bool) {
-    let (site, other) = (Site::start().await, Site::start().await);
-    let mut came = Vec::new();
-    for (n, versions) in [HttpVersions::Auto, HttpVersions::Http2]
-        .into_iter()
-        .enumerate()
-    {
-        let builder = Client::builder().no_proxy();
-        let builder = match versions {
-            HttpVersions::Http2 => builder.http2_prior_knowledge(),
-            _ => builder,
-        };
-        let plain = plain(builder).build().unwrap();
-        let ours = Ours::new(|t| t.http_versions(versions), front);
-        let sent = ask(&plain, &site, &other).send();
-        let sent = async { sent.await.map_err(|error| word(&error)) };
-        let theirs = run_out(sent, &site, stuck, 2 * n + 1).await;
-        let theirs_asked = site.asked();
-        let (_, request) = ask(&plain, &site, &other).build_split();
-        let sent = ours.client.execute(request.unwrap());
-        let sent = async { sent.await.map_err(|error| our_word(&error)) };
-        let our_own = run_out(sent, &site, stuck, 2 * n + 2).await;
-        assert_eq!(our_own, theirs, "{name}, {versions:?}");
-        assert_eq!(site.asked(), theirs_asked, "{name}, {versions:?}");
-        ours.settled().await;
-        came.push(our_own);
-    }
-    for (came, took) in came {
-        assert_eq!(took, SHORT, "{name}");
-        match came {
-            Came::Error(word) => assert_eq!((word, stuck), ("timeout", false), "{name}"),
-            Came::Answer { body, .. } => assert_eq!((body, stuck), (Err("timeout"), true)),
-        }
-    }
-}
-
-/// With how long it took on the clock that jumps, in steps of the time that it may take.
-async fn run_out(
-    sent: impl Future<Output = Result<Response, &'static str>>,
-    site: &Site,
-    stuck: bool,
-    never: usize,
-) -> (Came, Duration) {
-    let mut sent = pin!(sent);
-    let begun = tokio::time::Instant::now();
-    let came = if stuck {
-        let response = sent.await.unwrap();
-        tokio::time::pause();
-        Came::of(response).await
-    } else {
-        tokio::select! {
-            _ = &mut sent => panic!("it came"),
-            () = site.wait_never(never) => tokio::time::pause(),
-        }
-        match sent.await {
-            Ok(response) => Came::of(response).await,
-            Err(word) => Came::Error(word),
-        }
-    };
-    let steps = begun.elapsed().as_secs_f64() / SHORT.as_secs_f64();
-    tokio::time::resume();
-    (came, SHORT.mul_f64(steps.round()))
-}
-
-/// Shorter than other times, and yet longer than anything takes that comes at all.
-const SHORT: Duration = LONG.checked_div(2).unwrap();
-
-const NEVER: Ask = |c, s, _| c.get(s.url("/never"));
-const STUCK: Ask = |c, s, _| c.get(s.url("/stuck"));
-const REDIRECTED: Ask = |c, s, _| c.get(s.redirect(302, "/never"));
-
-#[tokio::test]
-async fn a_timeout() {
-    let set = both!(.timeout(SHORT));
-    runs_out("never", set, NEVER, false).await;
-    runs_out("redirected", set, REDIRECTED, false).await;
-    runs_out("stuck", set, STUCK, true).await;
-}
-
-#[tokio::test]
-async fn a_read_timeout() {
-    let set = both!(.read_timeout(SHORT));
-    runs_out("never", set, NEVER, false).await;
-    runs_out("redirected", set, REDIRECTED, false).await;
-    runs_out("stuck", set, STUCK, true).await;
-}
-
-#[tokio::test]
-async fn a_requests_own_timeout() {
-    let own: Ask = |c, s, _| c.get(s.url("/never")).timeout(SHORT);
-    let own_stuck: Ask = |c, s, _| c.get(s.url("/stuck")).timeout(SHORT);
-    let long = both!(.timeout(LONG).read_timeout(LONG));
-    runs_out("own", both!(), own, false).await;
-    runs_out("own, shorter", long, own, false).await;
-    runs_out("own, shorter, stuck", long, own_stuck, true).await;
-}
-
-#[tokio::test]
-async fn times_that_do_not_run_out() {
-    let quick: Ask = |c, s, _| c.get(s.url("/"));
-    let longer: Ask = |c, s, _| c.get(s.url("/")).timeout(LONG);
-    let long = both!(.timeout(LONG).read_timeout(LONG));
-    assert_eq!(status(&same("in time", long, &[quick, longer]).await), 200);
-    // Longer than any clock has.
-    let max = both!(.timeout(Duration::MAX));
-    assert_eq!(status(&same("without end", max, &[quick]).await), 200);
-    let ours = Ours::new(
-        |t| t,
-        |f| f.timeout(Duration::MAX).read_timeout(Duration::MAX),
-    );
-    let site = Site::start().await;
-    let body = ours.get(&site.url("/gzip?chunked")).await.unwrap();
-    assert_eq!(body.text().await.unwrap(), super::site::TEXT);
-}
 
 #[tokio::test]
 async fn errors() {
