@@ -90,8 +90,8 @@
 //!
 //! # Costs
 //!
-//! A message costs what its formatting costs, twice over: a quarter of a microsecond in all, half of it
-//! within the pool's mutex. A request over a connection of the list is four of them, which is 10 % of the
+//! A message costs about a quarter of a microsecond, mostly its formatting, and most are said while the
+//! pool's mutex is held. A request over a connection of the list is four of them: 10 % of the
 //! instructions of a client that sends five bytes and its server together. An event of another target
 //! costs nothing.
 //!
