@@ -90,6 +90,11 @@
 //!
 //! # Costs
 //!
+//! A message costs about a quarter of a microsecond, mostly its formatting, and most are said while the
+//! pool's mutex is held. A request over a connection of the list is four of them: 10 % of the
+//! instructions of a client that sends five bytes and its server together. An event of another target
+//! costs nothing.
+//!
 //! The layer asks for TRACE of one target. `LevelFilter::current()` becomes TRACE for the process, which
 //! makes tracing's first check of a disabled call site pass and the second one (cached per call site)
 //! refuse; `log` records of other crates at TRACE reach tracing too if `tracing-log` is set up after
