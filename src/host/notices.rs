@@ -143,7 +143,7 @@ pub(crate) fn example() -> Vec<u8> {
     let mut notices = Notices::open(1 << 20).unwrap();
     let mut cookie = provoke().unwrap();
     loop {
-        match notices.hear(None).unwrap() {
+        match notices.hear(Some(Duration::from_millis(100))).unwrap() {
             Heard::Notices(datagram) => {
                 let is_it =
                     |notice: Option<Notice<'_>>| notice.is_some_and(|it| it.cookie() == cookie);
@@ -151,8 +151,9 @@ pub(crate) fn example() -> Vec<u8> {
                     return datagram.0.to_vec();
                 }
             }
-            // It may be among the lost.
-            _ => cookie = provoke().unwrap(),
+            Heard::Overflow => {}
+            // It was among the lost, and now there is room again.
+            Heard::Nothing => cookie = provoke().unwrap(),
         }
     }
 }

@@ -21,14 +21,17 @@ reasons! {
     /// and so how exact they are.
     CloseWatchSource {
         /// The kernel's notices (Linux): each end is known within milliseconds, whoever asks, with
-        /// the last [`TcpInfo`](crate::TcpInfo). An end that the peer never acknowledges is known when
-        /// the kernel gives up, or at the first [`Conntrack::stats`](crate::Conntrack::stats) from a
-        /// second on after it.
+        /// the last [`TcpInfo`](crate::TcpInfo). An end that the peer does not acknowledge is known
+        /// when it does or the kernel gives up, or, if that comes first, at a
+        /// [`Conntrack::stats`](crate::Conntrack::stats), which looks for such at most once a second;
+        /// one that the kernel had no memory to tell of, at one that looks for everything, which is
+        /// each 30 s.
         Kernel => "kernel",
         /// The kernel's table, read at each [`Conntrack::stats`](crate::Conntrack::stats),
         /// [`Conntrack::connections`](crate::Conntrack::connections) and collection of metrics
         /// (Linux, where notices don't come): an end is known from then on, and has that time. To read
-        /// takes at most a tenth of the time; in between, what was read last holds.
+        /// takes at most a tenth of the time; in between, what was read last holds. There is no
+        /// [`TcpInfo`](crate::TcpInfo), as a rule.
         Table => "table",
         /// Only addresses that are used again (other systems, and where nothing is to be asked): an
         /// end is known when a new connection has the same two ends. Open connections are at most as
@@ -41,6 +44,22 @@ reasons! {
 ///
 /// One watch serves the process, so these are the numbers of all [`Conntrack`](crate::Conntrack)s
 /// together. All but `source` and `watched` only grow.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use otel_conntrack::{CloseWatchSource, Conntrack};
+///
+/// let conntrack = Conntrack::builder().build()?;
+/// match conntrack.stats().close_watch {
+///     None => println!("no stock client has connected yet"),
+///     Some(watch) if watch.source == CloseWatchSource::Kernel => {
+///         println!("{} watched, each end known at once", watch.watched);
+///     }
+///     Some(watch) => println!("{} watched, by {}", watch.watched, watch.source),
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]

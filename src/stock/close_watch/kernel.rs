@@ -69,7 +69,8 @@ impl Default for Options {
             receive_buffer: 4 << 20,
             idle: Duration::from_secs(10),
             all: ALL,
-            proof: Duration::from_secs(5),
+            // The kernel tells from a queue, which is long where thousands end per second.
+            proof: Duration::from_secs(30),
             provoke: notices::provoke,
         }
     }

@@ -11,8 +11,11 @@ use super::kernel::SHARE;
 use super::{By, Watch, count};
 use crate::host::notices::{Datagram, Heard, Notices};
 
-/// How long to wait for the next notice where something else is to be done too.
+/// How long to wait for the next notice where notices were lost.
 const TICK: Duration = Duration::from_millis(20);
+
+/// How long to wait for it where none was heard yet.
+const PROOF_TICK: Duration = Duration::from_millis(250);
 
 /// Hears until nothing was watched for a while. `behind`: ends may have come before the notices.
 pub(super) fn run(watch: &Watch, mut notices: Notices, behind: bool) {
@@ -99,8 +102,9 @@ impl<'a> Ear<'a> {
     }
 
     fn within(&self) -> Option<Duration> {
-        let busy = self.proof.is_some() || self.resync.is_some();
-        if busy || !self.watch.lingering.is_empty() {
+        if self.proof.is_some() {
+            Some(PROOF_TICK)
+        } else if self.resync.is_some() || !self.watch.lingering.is_empty() {
             Some(TICK)
         } else if self.watch.table.len() == 0 {
             Some(self.watch.kernel.options.idle)
