@@ -258,6 +258,8 @@ fn under_load(http2: bool) -> (Vec<Seen>, PoolEvents, Key, u64) {
             let addr: SocketAddr = listener.local_addr().unwrap();
             let accepted = Arc::new(AtomicU64::new(0));
             let server = tokio::spawn(serve(listener, accepted.clone()));
+            // It is built with rustls, and wants this also where no TLS is spoken.
+            let _ = rustls::crypto::ring::default_provider().install_default();
             let mut builder = reqwest::Client::builder().no_proxy();
             if http2 {
                 builder = builder.http2_prior_knowledge();
