@@ -153,6 +153,8 @@ struct Open {
 enum Step {
     /// A checkout looks into the list. Nothing but its own messages comes before it is done.
     Take,
+    /// A connection came back. What becomes of it is said next, under the pool's mutex.
+    Put,
     /// A request began to wait. If it is refused a dial, that is said next. `refused` requests were
     /// before it.
     Wait { refused: u64 },
@@ -225,7 +227,10 @@ impl Shared {
             }
             Some(index) => match message::keyless_at(index) {
                 Some(message) => self.keyless(message),
-                None => self.read(event, Some(index), here),
+                None => match self.goes_on(index, here) {
+                    Some((message, cell)) => self.keyed(message, &cell, here),
+                    None => self.read(event, Some(index), here),
+                },
             },
             None => self.read(event, None, here),
         }
@@ -275,6 +280,31 @@ impl Shared {
             (message, None) => self.keyless(message),
         }
         here.text.set(text.0);
+    }
+
+    /// The message, if it can only be the next one of what the thread's message before began: then it
+    /// is about the same key, and need not be formatted.
+    fn goes_on(&self, index: usize, here: &Here) -> Option<(PoolMessage, Arc<KeyCell>)> {
+        let open = here.open.borrow();
+        let open = open.iter().find(|open| open.layer == self.id)?;
+        let message = message::plain_at(index)?;
+        let same = match open.step {
+            Step::Take => matches!(
+                message,
+                PoolMessage::RemovingClosed | PoolMessage::RemovingExpired | PoolMessage::Reuse
+            ),
+            Step::Put => matches!(
+                message,
+                PoolMessage::FoundWaiter
+                    | PoolMessage::MaxIdlePerHost
+                    | PoolMessage::Pooling
+                    | PoolMessage::PutCanceledWaiter
+            ),
+            Step::Wait { .. } => false,
+        };
+        // It may have been excluded since.
+        let same = same && !open.cell.excluded.load(Ordering::Relaxed);
+        same.then(|| (message, open.cell.clone()))
     }
 
     /// The message, if it is about the key of the thread's message before, spelt alike.
@@ -328,7 +358,7 @@ impl Shared {
                     self.step(&of, Input::DialsItself { refused });
                 }
             }
-            None => {}
+            Some((_, Step::Put)) | None => {}
         }
         let stepped = self.step(
             cell,
@@ -347,6 +377,9 @@ impl Shared {
             // Closed and expired ones are thrown out while it looks.
             PoolMessage::RemovingClosed | PoolMessage::RemovingExpired => {
                 here.open(self.id, cell.clone(), Step::Take);
+            }
+            PoolMessage::PutAdd | PoolMessage::PutCanceledWaiter => {
+                here.open(self.id, cell.clone(), Step::Put);
             }
             // Over TLS a refusal can come at any time, for any request: after a handshake.
             PoolMessage::CheckoutWaiting if cell.key.scheme() == "http" => {

@@ -314,6 +314,14 @@ pub(super) fn keyless_at(index: usize) -> Option<PoolMessage> {
         .map(|pattern| pattern.message)
 }
 
+/// The message of an index where its text says nothing but the key.
+pub(super) fn plain_at(index: usize) -> Option<PoolMessage> {
+    PATTERNS
+        .get(index)
+        .map(|pattern| pattern.message)
+        .filter(|message| *message != TAKE)
+}
+
 /// The text as the message of this index, or none if it is not that.
 pub(super) fn parse_as(index: usize, text: &str) -> Option<(PoolMessage, Option<KeyRef<'_>>)> {
     let pattern = PATTERNS.get(index)?;
