@@ -32,7 +32,13 @@ use crate::conntrack::Conntrack;
 /// What can't be seen: why a connection was closed and by whom (`unknown`); the bytes above TLS;
 /// anything of HTTP/3, which has neither connector nor pool in common with the rest; the end of a
 /// connection over a Unix socket (it counts as `untracked` at once). Through a proxy the peer's
-/// address is the proxy's.
+/// address is the proxy's. A connect that reqwest's own `connect_timeout` gives up looks like a
+/// cancelled one; [`ReqwestLayerBuilder::connect_timeout`](crate::stock::ReqwestLayerBuilder::connect_timeout)
+/// tells them apart. A connection whose end comes before its last response was read is closed
+/// `with_active_requests`.
+///
+/// One client, one name: with two of these layers each connection is counted twice. Ends are told on a
+/// thread of the watch, so an observer that blocks holds them up for the whole process.
 pub trait ReqwestBuilderExt: Sized {
     /// Tracks the client's connections under this name. Call it after other connector layers, so that
     /// their time is part of the set-up.

@@ -228,11 +228,19 @@ fn acquired(
     caller.acquired(connection, found);
     *guard = Some(RequestGuard::new(connection.clone()));
     if let Some(capture) = capture.filter(|_| !found.reused) {
-        // What it captured shares its pill with the pool's own copy.
-        let capture = capture.clone();
+        // What it captured shares its pill with the pool's own copy; of this connection, unless
+        // hyper-util tried again on another one.
+        let (capture, id) = (capture.clone(), connection.id);
         connection.set_pill(move || {
             if let Some(connected) = &*capture.connection_metadata() {
-                connected.poison();
+                let mut extras = Extensions::new();
+                connected.get_extras(&mut extras);
+                if extras
+                    .get()
+                    .is_some_and(|record: &ConnectionRecord| record.0.id == id)
+                {
+                    connected.poison();
+                }
             }
         });
     }

@@ -50,6 +50,8 @@ pub(crate) struct Connection {
     /// What the kernel said last, where it said something at the end.
     last_tcp: OnceLock<Box<TcpInfo>>,
     pill: Mutex<Pill>,
+    /// Nanoseconds after `started` plus one of an end that is told later; zero for none.
+    gone: AtomicU64,
     phases: Mutex<Vec<Phase>>,
     timeline: Mutex<Timeline>,
     keeps_timeline: AtomicBool,
@@ -144,6 +146,7 @@ impl Connection {
             http_info: OnceLock::new(),
             last_tcp: OnceLock::new(),
             pill: Mutex::default(),
+            gone: AtomicU64::new(0),
             phases: Mutex::default(),
             timeline: Mutex::default(),
             keeps_timeline: AtomicBool::new(false),
@@ -255,6 +258,12 @@ impl Connection {
         self.bytes_written
             .store(tcp.bytes_acked.unwrap_or_default(), Relaxed);
         let _ = self.last_tcp.set(Box::new(tcp));
+    }
+
+    /// It ended then, and is told later. The caller saw to it that nothing happened to it since.
+    pub(crate) fn set_gone(&self, at: Instant) {
+        let at = at.saturating_duration_since(self.started);
+        self.gone.store(self.nanos(at), Relaxed);
     }
 
     pub(crate) fn last_tcp(&self) -> Option<TcpInfo> {
@@ -609,7 +618,10 @@ impl Connection {
             .unwrap_or((CloseReason::Dropped, Initiator::Local));
         self.scope.transition(|t| {
             // Read under the lock, so that no event of this connection has a later time.
-            let at = self.elapsed();
+            let at = match self.gone.load(Relaxed) {
+                0 => self.elapsed(),
+                gone => Duration::from_nanos(gone - 1),
+            };
             let mut shard = self.scope.shard(self.id);
             let from = self.move_to(&mut shard, ConnectionState::Closed);
             let close = Close {

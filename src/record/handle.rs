@@ -9,6 +9,7 @@
 use std::cell::Cell;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::event::{
     CloseReason, ConnectionId, ConnectionState, Direction, Initiator, ProtocolVersion, TcpInfo,
@@ -63,14 +64,24 @@ impl ConnectionGuard {
         self.connection.add_written(bytes as u64);
     }
 
-    /// The socket is gone; this is what the kernel said of it, and nobody said why.
+    /// The socket is gone; this is what the kernel said of it, and nobody said why. `at`: since then,
+    /// and nothing happened to it since.
     #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
-    pub(crate) fn gone(self, tcp: Option<TcpInfo>) {
+    pub(crate) fn gone(self, tcp: Option<TcpInfo>, at: Option<Instant>) {
         if let Some(tcp) = tcp {
             self.connection.set_last_tcp(tcp);
         }
+        if let Some(at) = at {
+            self.connection.set_gone(at);
+        }
         let reason = CloseReason::Unknown;
         self.connection.hint(reason, reason.initiator());
+    }
+
+    /// Whether a response may be on its way to whoever asked.
+    #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
+    pub(crate) fn awaits_responses(&self) -> bool {
+        self.recorder.awaits_responses()
     }
 
     /// Nothing will tell when it ends.
@@ -191,13 +202,15 @@ pub(crate) fn watch_clones<R>(run: impl FnOnce() -> R) -> (R, Option<Arc<Connect
 
 impl Clone for ConnectionRecord {
     fn clone(&self) -> Self {
-        let seen = match CLONES.take() {
-            Clones::Unwatched => Clones::Unwatched,
-            Clones::None => Clones::One(self.0.clone()),
-            Clones::One(other) if Arc::ptr_eq(&other, &self.0) => Clones::One(other),
-            Clones::One(_) | Clones::Several => Clones::Several,
-        };
-        CLONES.set(seen);
+        // Not while the thread ends: nothing is watched then.
+        let _ = CLONES.try_with(|clones| {
+            clones.set(match clones.take() {
+                Clones::Unwatched => Clones::Unwatched,
+                Clones::None => Clones::One(self.0.clone()),
+                Clones::One(other) if Arc::ptr_eq(&other, &self.0) => Clones::One(other),
+                Clones::One(_) | Clones::Several => Clones::Several,
+            });
+        });
         Self(self.0.clone())
     }
 }

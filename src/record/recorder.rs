@@ -55,6 +55,8 @@ struct Inner {
     instance: u32,
     ordinal: u32,
     next: AtomicU64,
+    /// Requests that are under way on connections that are not known yet.
+    awaiting: AtomicU32,
     scopes: RwLock<Scopes>,
     observers: Composed,
     sinks: OnceLock<Vec<Arc<dyn Sink>>>,
@@ -73,6 +75,7 @@ impl Recorder {
             instance: RandomState::new().build_hasher().finish() as u32,
             ordinal: ORDINAL.fetch_add(1, Relaxed),
             next: AtomicU64::new(1),
+            awaiting: AtomicU32::new(0),
             scopes: RwLock::default(),
             observers,
             sinks: OnceLock::new(),
@@ -280,6 +283,22 @@ impl Recorder {
     /// A pool is gone: these are its last counts.
     pub(crate) fn retire_pool(&self, stats: PoolStats, mishaps: [u64; 2]) {
         lock(&self.0.pools).retire(stats, mishaps);
+    }
+
+    /// A request went out, or its connection is known now. Relaxed: it guards nothing.
+    #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
+    pub(crate) fn awaits(&self, one_more: bool) {
+        if one_more {
+            self.0.awaiting.fetch_add(1, Relaxed);
+        } else {
+            self.0.awaiting.fetch_sub(1, Relaxed);
+        }
+    }
+
+    /// Whether a connection's last response may still be on its way to whoever asked.
+    #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
+    pub(crate) fn awaits_responses(&self) -> bool {
+        self.0.awaiting.load(Relaxed) > 0
     }
 
     /// Connections of ours are watched by it from now on; there is one.

@@ -57,8 +57,6 @@ pub(crate) struct Scope {
     /// Tells scopes apart in few bytes.
     pub(crate) ordinal: u32,
     switches: AtomicU8,
-    /// Requests that are under way on connections that are not known yet.
-    awaiting: AtomicU32,
     state: Mutex<State>,
     shards: Box<[Padded]>,
     observers: Composed,
@@ -176,7 +174,6 @@ impl Scope {
             name,
             ordinal: ORDINAL.fetch_add(1, Ordering::Relaxed),
             switches: AtomicU8::new(0),
-            awaiting: AtomicU32::new(0),
             state: Mutex::new(State {
                 sequence: 0,
                 counts: Counts::default(),
@@ -228,22 +225,6 @@ impl Scope {
     #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
     pub(crate) fn requests_seen(&self) -> bool {
         self.switches.load(Ordering::Relaxed) & REQUESTS_SEEN != 0
-    }
-
-    /// A request went out, or its connection is known now. Relaxed: it guards nothing.
-    #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
-    pub(crate) fn awaits(&self, one_more: bool) {
-        if one_more {
-            self.awaiting.fetch_add(1, Ordering::Relaxed);
-        } else {
-            self.awaiting.fetch_sub(1, Ordering::Relaxed);
-        }
-    }
-
-    /// Whether a connection's last response may still be on its way to whoever asked.
-    #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
-    pub(crate) fn awaits_responses(&self) -> bool {
-        self.awaiting.load(Ordering::Relaxed) > 0
     }
 
     fn switch(&self, bit: u8, on: bool) {

@@ -156,7 +156,7 @@ impl Watch {
     fn end(&self, guards: Vec<ConnectionGuard>, by: By, tcp: Option<TcpInfo>) {
         for guard in guards {
             count(&self.counts.ended[by as usize]);
-            guard.gone(tcp);
+            guard.gone(tcp, None);
         }
     }
 }

@@ -1,5 +1,7 @@
 //! A reqwest response that holds something until its body has ended.
 
+use http::StatusCode;
+use http::header::CONTENT_LENGTH;
 use http_body::Body as _;
 use reqwest::ResponseBuilderExt;
 
@@ -12,7 +14,15 @@ pub(crate) fn hold<G: Send + Sync + 'static>(
 ) -> reqwest::Response {
     let url = response.url().clone();
     let (parts, body) = http::Response::<reqwest::Body>::from(response).into_parts();
-    let body = if body.is_end_stream() {
+    // Where reqwest decompresses, a body does not say that it is empty before it is read.
+    let empty = matches!(
+        parts.status,
+        StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED
+    ) || parts
+        .headers
+        .get(CONTENT_LENGTH)
+        .is_some_and(|length| length == "0");
+    let body = if empty || body.is_end_stream() {
         drop(guard);
         body
     } else {

@@ -26,6 +26,7 @@ use crate::config::ConfigError;
 use crate::event::{Direction, IoLayer, PoolKey, ProtocolVersion, WaitOutcome};
 use crate::outbound::caller::Caller;
 use crate::outbound::client::protocol;
+use crate::outbound::suppressed;
 use crate::record::handle::{ConnectionRecord, RequestGuard};
 use crate::record::pool::{Now, Wait, WaitReason, Waited};
 use crate::record::{Connection, Recorder, Scope};
@@ -109,13 +110,17 @@ impl ReqwestRequests {
         })
     }
 
-    fn errand(&self) -> Errand {
-        self.shared.scope.awaits(true);
-        Errand {
+    /// None for a telemetry exporter's.
+    fn errand(&self) -> Option<Errand> {
+        if suppressed() {
+            return None;
+        }
+        self.shared.recorder.awaits(true);
+        Some(Errand {
             caller: Caller::current(),
             watch: self.shared.pool.events().map(PoolEvents::watch_request),
             requests: self.clone(),
-        }
+        })
     }
 }
 
@@ -130,7 +135,7 @@ struct Errand {
 /// Its connection is known, or never will be.
 impl Drop for Errand {
     fn drop(&mut self) {
-        self.requests.shared.scope.awaits(false);
+        self.requests.shared.recorder.awaits(false);
     }
 }
 
@@ -141,14 +146,15 @@ impl Errand {
             local: info.local_addr(),
             peer: info.remote_addr(),
         });
-        let connection = ends.and_then(|ends| close_watch::find(&ends));
+        // Counted at once: a connection that is gone waits for nothing else.
+        let found = ends.and_then(|ends| close_watch::find(&ends));
+        let found = found.map(|connection| (connection.request_started(), connection));
         let version = protocol(response.version());
-        let waited = self.waited(version, connection.as_deref());
-        let Some(connection) = connection else {
+        let waited = self.waited(version, found.as_ref().map(|(_, connection)| &**connection));
+        let Some((found, connection)) = found else {
             insert_facts(&mut response, None, waited);
             return response;
         };
-        let found = connection.request_started();
         self.caller.acquired(&connection, found);
         let guard = RequestGuard::new(connection.clone());
         if let Some(version) = version {
@@ -279,16 +285,19 @@ pin_project! {
         // There until the drop.
         #[pin]
         inner: Option<F>,
-        errand: Errand,
+        // None for a telemetry exporter's, and once it is answered.
+        errand: Option<Errand>,
     }
 
     impl<F> PinnedDrop for ReqwestResponseFuture<F> {
         fn drop(this: Pin<&mut Self>) {
             let mut this = this.project();
-            if let Some(watch) = &mut this.errand.watch {
+            if let Some(errand) = this.errand
+                && let Some(watch) = &mut errand.watch
+            {
                 // The pool speaks of it once more.
                 watch.drop_in(|| this.inner.set(None));
-                this.errand.waited(None, None);
+                errand.waited(None, None);
             }
         }
     }
@@ -312,14 +321,22 @@ where
         let Some(inner) = this.inner.as_pin_mut() else {
             return Poll::Pending;
         };
-        let polled = match &mut this.errand.watch {
+        let watch = this
+            .errand
+            .as_mut()
+            .and_then(|errand| errand.watch.as_mut());
+        let polled = match watch {
             Some(watch) => watch.poll_in(|| inner.poll(cx)),
             None => inner.poll(cx),
         };
-        Poll::Ready(match ready!(polled) {
-            Ok(response) => Ok(this.errand.answered(response)),
+        let answer = ready!(polled);
+        let Some(mut errand) = this.errand.take() else {
+            return Poll::Ready(answer);
+        };
+        Poll::Ready(match answer {
+            Ok(response) => Ok(errand.answered(response)),
             Err(error) => {
-                this.errand.waited(None, None);
+                errand.waited(None, None);
                 Err(error)
             }
         })

@@ -14,6 +14,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use http::{Extensions, Uri};
 use hyper_util::client::legacy::connect::{Connection, HttpInfo};
@@ -40,6 +41,7 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 #[must_use = "call `layer()`"]
 pub struct ReqwestLayerBuilder {
     declaration: Declaration,
+    connect_timeout: Option<Duration>,
     pool: PoolSlot,
 }
 
@@ -47,6 +49,7 @@ impl ReqwestLayerBuilder {
     pub(crate) fn new(recorder: Recorder, pool: Arc<Slot>, name: &str) -> Self {
         Self {
             declaration: Declaration::new(recorder, name),
+            connect_timeout: None,
             pool: PoolSlot(pool),
         }
     }
@@ -63,6 +66,29 @@ impl ReqwestLayerBuilder {
         self
     }
 
+    /// The client's own `connect_timeout`, if it has one, so that what it gives up counts as
+    /// `timed_out`. reqwest keeps that timer outside of all connector layers: they only see that they
+    /// are dropped. Default: none, and what is dropped counts as `cancelled`.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let conntrack = otel_conntrack::Conntrack::builder().build()?;
+    /// # let _ = rustls::crypto::ring::default_provider().install_default();
+    /// use std::time::Duration;
+    ///
+    /// let timeout = Duration::from_secs(3);
+    /// let client = reqwest::Client::builder()
+    ///     .connect_timeout(timeout)
+    ///     .connector_layer(conntrack.reqwest("search").connect_timeout(timeout).layer()?)
+    ///     .build()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub const fn connect_timeout(mut self, timeout: Duration) -> Self {
+        self.connect_timeout = Some(timeout);
+        self
+    }
+
     /// The layer, for `reqwest::ClientBuilder::connector_layer`.
     ///
     /// # Errors
@@ -74,6 +100,7 @@ impl ReqwestLayerBuilder {
             shared: Arc::new(Shared {
                 recorder: self.declaration.recorder,
                 scope,
+                connect_timeout: self.connect_timeout,
                 pool: self.pool.0,
             }),
         })
@@ -91,6 +118,7 @@ impl fmt::Debug for PoolSlot {
 struct Shared {
     recorder: Recorder,
     scope: Arc<Scope>,
+    connect_timeout: Option<Duration>,
     /// Who hears the client's pool has to be told of HTTP/2.
     pool: Arc<Slot>,
 }
@@ -200,6 +228,18 @@ pin_project! {
         // None for a telemetry exporter's, and once it is done.
         tracking: Option<Tracking>,
     }
+
+    impl<F> PinnedDrop for ReqwestConnecting<F> {
+        fn drop(this: Pin<&mut Self>) {
+            let this = this.project();
+            let took = |tracking: &Tracking| tracking.set_up.attempt().connection().elapsed();
+            if let Some(tracking) = this.tracking.take()
+                && tracking.shared.connect_timeout.is_some_and(|timeout| took(&tracking) >= timeout)
+            {
+                tracking.set_up.timed_out();
+            }
+        }
+    }
 }
 
 impl<F> fmt::Debug for ReqwestConnecting<F> {
@@ -250,7 +290,8 @@ impl Tracking {
             let _ = record.tls.set(tls_facts(info, is_h2));
         }
         let attempt = self.set_up.ended(None);
-        let requests_seen = record.scope.requests_seen();
+        // By the client's own name, also under another one (`DialName`).
+        let requests_seen = self.shared.scope.requests_seen();
         let ends = extras.get::<HttpInfo>().map(|info| Tuple {
             local: info.local_addr(),
             peer: info.remote_addr(),

@@ -172,18 +172,28 @@ impl SetUp {
         }
     }
 
-    /// The connector's future is done. What still runs was given up for it: addresses that lost the
-    /// race.
+    /// The connector's future is done. What still runs failed with it, or was given up for it:
+    /// addresses that lost the race.
     pub(super) fn ended(mut self, error: Option<FailureReason>) -> Attempt {
-        if let Some(tls) = self.tls.take() {
+        match (self.tls.take(), error) {
+            (Some(tls), None) => tls.done(),
+            (Some(tls), Some(reason)) => tls.failed(reason),
+            (None, _) => {}
+        }
+        let connects = self.connects.drain(..).map(|(_, connect)| connect);
+        for running in self.dns.take().into_iter().chain(connects) {
             match error {
-                None => tls.done(),
-                Some(reason) => tls.failed(reason),
+                None => drop(running),
+                Some(reason) => running.failed(reason),
             }
         }
-        self.dns = None;
-        self.connects.clear();
         self.attempt
+    }
+
+    /// A timer that is not the connector's own ran out.
+    pub(super) fn timed_out(self) {
+        self.ended(Some(FailureReason::TimedOut))
+            .failed(FailureReason::TimedOut);
     }
 }
 

@@ -39,6 +39,8 @@ fn run(recorder: &Recorder, writer: &SpanWriter, interval: Duration, stopped: &R
     let tick = (interval / 10).clamp(Duration::from_millis(10), Duration::from_secs(10));
     while stopped.recv_timeout(tick) == Err(RecvTimeoutError::Timeout) {
         let mut written = 0;
+        // Nothing else may ever ask, and what is gone is not to be shown as open.
+        recorder.look();
         for connection in recorder.live() {
             let Some(ends) = connection.ends.get() else {
                 continue;

@@ -428,6 +428,7 @@ fn write_open(
     // Half a queue, because the service still ends spans of its own.
     let batch = (queue / 2).max(1);
     let (mut written, mut in_time) = (0, true);
+    conntrack.recorder.look();
     for connection in conntrack.recorder.live() {
         if written >= batch && in_time {
             written = 0;

@@ -377,3 +377,44 @@ async fn a_wait_that_is_given_up_is_told_as_cancelled() {
         assert_eq!(told.as_deref(), Some("cancelled"));
     }
 }
+
+/// An exporter's requests count nowhere, also on a client whose connections are tracked.
+#[tokio::test]
+async fn an_exporters_requests_are_not_seen() {
+    let (conntrack, _events) = watched();
+    let address = Web::answering(|_| text("hi")).await;
+    let url = format!("http://{address}/");
+    for tracked in Tracked::both(&conntrack, "c", &client(&conntrack, "c")) {
+        let before = dialer(&conntrack, "c").requests;
+        tracked.get(&url).await.text().await.unwrap();
+        assert_eq!(dialer(&conntrack, "c").requests, before + 1);
+        let suppressed = Context::enter_telemetry_suppressed_scope();
+        let response = tracked.get(&url).await;
+        drop(suppressed);
+        assert!(response.extensions().get::<ConnectionRecord>().is_none());
+        assert_eq!(response.text().await.unwrap(), "hi");
+        assert_eq!(dialer(&conntrack, "c").requests, before + 1);
+    }
+}
+
+/// reqwest follows redirects by itself: the last response is the one that is seen.
+#[tokio::test]
+async fn of_redirects_the_last_response_is_seen() {
+    let (conntrack, _events) = watched();
+    let address = Web::answering(|request| {
+        if request.uri().path() == "/away" {
+            let mut away = nothing();
+            *away.status_mut() = http::StatusCode::FOUND;
+            away.headers_mut()
+                .insert("location", http::HeaderValue::from_static("/"));
+            return away;
+        }
+        text("here")
+    })
+    .await;
+    let [tracked, _] = Tracked::both(&conntrack, "c", &client(&conntrack, "c"));
+    let response = tracked.get(&format!("http://{address}/away")).await;
+    assert_eq!(response.url().path(), "/");
+    assert_eq!(record(&response).requests(), 1);
+    assert_eq!(response.text().await.unwrap(), "here");
+}

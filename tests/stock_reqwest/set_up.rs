@@ -410,3 +410,92 @@ async fn a_bad_name_is_refused_where_it_is_given() {
         assert_eq!(error.setting(), "client name");
     }
 }
+
+/// reqwest's own timer is outside of every layer: only who knows of it can tell it from a caller
+/// that gave up.
+#[tokio::test]
+async fn a_connect_timeout_of_reqwests_own_is_told_as_one_if_it_is_known() {
+    let (conntrack, mut events) = watched();
+    // It accepts and says nothing, so TLS never gets an answer.
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("https://{}/", silent.local_addr().unwrap());
+    let (_, trust) = tls::pair("shop.test");
+    let timeout = std::time::Duration::from_millis(50);
+    let told = conntrack.reqwest("known").connect_timeout(timeout);
+    let untold = conntrack.reqwest("unknown");
+    for (layer, reason) in [
+        (told.layer().unwrap(), "timed_out"),
+        (untold.layer().unwrap(), "cancelled"),
+    ] {
+        let client = plain()
+            .connect_timeout(timeout)
+            .tls_backend_preconfigured((*trust).clone())
+            .connector_layer(layer)
+            .build()
+            .unwrap();
+        assert!(client.get(&url).send().await.unwrap_err().is_timeout());
+        events.until(&format!("SetupFailed {reason}")).await;
+    }
+}
+
+/// A name for one call, over the layer's own: the connection is idle until a request has it, too.
+#[tokio::test]
+async fn a_dial_name_holds_for_a_stock_client() {
+    let (conntrack, _events) = watched();
+    let address = Web::answering(|_| text("hi")).await;
+    let client = plain()
+        .conntrack(&conntrack, "own")
+        .unwrap()
+        .build()
+        .unwrap();
+    let client = reqwest_middleware::ClientBuilder::new(client)
+        .with(conntrack.reqwest_requests("own").unwrap())
+        .build();
+    let name = otel_conntrack::DialName::new("special").unwrap();
+    let request = client.get(format!("http://{address}/")).send();
+    let response = name.scope(request).await.unwrap();
+    let record = response
+        .extensions()
+        .get::<otel_conntrack::ConnectionRecord>();
+    assert!(!record.unwrap().poison(), "reqwest lets nobody do that");
+    assert_eq!(response.text().await.unwrap(), "hi");
+    let stats = dialer(&conntrack, "special");
+    assert_eq!((stats.established, stats.idle, stats.requests), (1, 1, 1));
+    assert_eq!(dialer(&conntrack, "own").attempts, 0);
+}
+
+#[test]
+fn the_blocking_client_has_the_same_line() {
+    tls::install();
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/", server.local_addr().unwrap());
+    let peer = std::thread::spawn(move || {
+        use std::io::{Read, Write};
+        let (mut stream, _) = server.accept().unwrap();
+        let mut got = [0; 1_024];
+        assert!(stream.read(&mut got).unwrap() > 0);
+        stream
+            .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi")
+            .unwrap();
+        // Until the client's end of stream.
+        while stream.read(&mut got).unwrap_or(0) > 0 {}
+    });
+    let (tell, closed) = std::sync::mpsc::channel();
+    let hooks = otel_conntrack::Hooks::new().on_closed(move |_| tell.send(()).unwrap());
+    let conntrack = otel_conntrack::Conntrack::builder()
+        .observer(hooks)
+        .build()
+        .unwrap();
+    let client = reqwest::blocking::Client::builder()
+        .no_proxy()
+        .conntrack(&conntrack, "blocking")
+        .unwrap()
+        .build()
+        .unwrap();
+    assert_eq!(client.get(url).send().unwrap().text().unwrap(), "hi");
+    assert_eq!(dialer(&conntrack, "blocking").open, 1);
+    drop(client);
+    peer.join().unwrap();
+    closed.recv().unwrap();
+    assert_eq!(dialer(&conntrack, "blocking").open, 0);
+}

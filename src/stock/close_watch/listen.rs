@@ -62,7 +62,8 @@ impl Drop for Left<'_> {
 /// Ends what was held back for its response for long enough; without a time, all of it.
 fn end_lingering(watch: &Watch, now: Option<Instant>) {
     for gone in watch.lingering.due(now) {
-        watch.end(vec![gone.guard], By::Notice, gone.tcp);
+        count(&watch.counts.ended[By::Notice as usize]);
+        gone.guard.gone(gone.tcp, gone.at);
     }
 }
 
@@ -102,15 +103,16 @@ impl<'a> Ear<'a> {
     }
 
     fn within(&self) -> Option<Duration> {
-        if self.proof.is_some() {
-            Some(PROOF_TICK)
-        } else if self.resync.is_some() || !self.watch.lingering.is_empty() {
-            Some(TICK)
-        } else if self.watch.table.len() == 0 {
-            Some(self.watch.kernel.options.idle)
-        } else {
-            None
-        }
+        let proof = self.proof.is_some().then_some(PROOF_TICK);
+        let resync = self.resync.is_some().then_some(TICK);
+        let empty = (self.watch.table.len() == 0).then_some(self.watch.kernel.options.idle);
+        // No time at all is no limit, there.
+        let held_back = self.watch.lingering.within(Instant::now);
+        let held_back = held_back.map(|within| within.max(Duration::from_millis(1)));
+        [proof, resync, empty, held_back]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     pub(super) fn take(&mut self, datagram: &Datagram<'_>) {
