@@ -518,6 +518,55 @@ fn what_a_dropped_client_held_idle_is_marked_and_taken_out() {
 }
 
 #[test]
+fn what_two_clients_that_live_hold_is_not_taken_out_for_a_third_one() {
+    let rig = rig(roomy());
+    run(&rig.dispatch, async {
+        let (server, elsewhere) = (Server::start().await, Server::start().await);
+        let client = || {
+            let client = plain();
+            client
+                .pool_idle_timeout(Duration::from_secs(1))
+                .build()
+                .unwrap()
+        };
+        let get = async |client: &reqwest::Client, server: &Server| {
+            let response = client.get(server.url("")).send().await.unwrap();
+            response.text().await.unwrap();
+        };
+        let idle = || of(&rig.pool_events, &server.key).idle;
+        let (one, two, third) = (client(), client(), client());
+        get(&third, &elsewhere).await;
+        get(&one, &server).await;
+        get(&two, &server).await;
+        server.until("both idle", || idle() == 2).await;
+        drop(third);
+        // One after the other, for longer than it takes to be sure of what is gone.
+        let mut since = None;
+        loop {
+            for client in [&one, &two] {
+                get(client, &server).await;
+                server.until("both idle", || idle() == 2).await;
+            }
+            if rig.pool_events.snapshot().pools_closed > 0 {
+                let since: &mut std::time::Instant =
+                    since.get_or_insert_with(std::time::Instant::now);
+                if since.elapsed() > Duration::from_millis(3_500) {
+                    break;
+                }
+            }
+        }
+        assert_eq!(server.open(), 2);
+        let key = of(&rig.pool_events, &server.key);
+        let gone = Kind::IdleConnOut {
+            idle: 0,
+            shared: false,
+            reason: IdleOutReason::PoolClosed,
+        };
+        assert_eq!((key.idle, key.count(&gone)), (2, 0));
+    });
+}
+
+#[test]
 fn one_host_in_two_spellings_and_with_a_password_is_one_key() {
     use http_body_util::{BodyExt, Empty};
     use hyper_util::client::legacy::{Client, connect::HttpConnector};

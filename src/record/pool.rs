@@ -1,15 +1,17 @@
 //! What is counted of a pool: the rows of the vocabulary, the gauges, and the snapshot of them.
 //!
 //! The pool itself counts, in the same transitions that make its events; this room says what there
-//! is to count and keeps the pools' registry for the sinks.
+//! is to count; `registry` keeps the pools for the sinks.
 
 mod kind;
+mod registry;
 
 use std::any::Any;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 pub(crate) use self::kind::{HighWater, PoolKind, StockHost, Unheard};
+pub(crate) use self::registry::Pools;
 use crate::event::{
     CloseReason, FailureReason, GaugeSource, PoolKey, PoolLimit, Target, TraceRef, WaitOutcome,
 };
@@ -243,8 +245,10 @@ pub struct PoolStats {
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct PoolLimits {
-    /// Dials, active and idle connections of one host; of an in-flight limit, requests.
+    /// Dials, active and idle connections of one host.
     pub max_conns_per_host: Option<usize>,
+    /// Requests in flight to one host, of an in-flight limit.
+    pub max_in_flight_per_host: Option<usize>,
     /// Idle connections in all.
     pub max_idle_conns: Option<usize>,
     /// Idle connections of one host.
@@ -505,74 +509,6 @@ pub(crate) trait PoolSource: Send + Sync {
     /// What was not heard of it: of a stock pool only.
     fn unheard(&self) -> Unheard {
         Unheard::default()
-    }
-}
-
-/// The pools that there are, and the counts of those that were: a counter once reported is
-/// reported at every collection.
-#[derive(Default)]
-pub(crate) struct Pools {
-    live: Vec<Weak<dyn PoolSource>>,
-    gone: Vec<PoolStats>,
-    /// Of those that are gone.
-    mishaps: [u64; 2],
-    unheard: Unheard,
-}
-
-impl Pools {
-    pub(crate) fn add(&mut self, pool: Weak<dyn PoolSource>) {
-        self.live.retain(|pool| pool.strong_count() > 0);
-        self.live.push(pool);
-    }
-
-    /// A pool says its last.
-    pub(crate) fn retire(&mut self, stats: PoolStats, mishaps: [u64; 2]) {
-        self.mishaps[0] += mishaps[0];
-        self.mishaps[1] += mishaps[1];
-        let stats = stats.retired();
-        let same = |gone: &&mut PoolStats| gone.name == stats.name && gone.kind == stats.kind;
-        match self.gone.iter_mut().find(same) {
-            // Many short-lived pools of one name must not fill the memory.
-            Some(gone) => gone.merge(stats),
-            None => self.gone.push(stats),
-        }
-    }
-
-    pub(crate) fn live(&self) -> Vec<Arc<dyn PoolSource>> {
-        self.live.iter().filter_map(Weak::upgrade).collect()
-    }
-
-    pub(crate) fn retire_unheard(&mut self, unheard: Unheard) {
-        self.unheard.events += unheard.events;
-        self.unheard.messages += unheard.messages;
-    }
-
-    pub(crate) const fn unheard(&self) -> Unheard {
-        self.unheard
-    }
-
-    pub(crate) const fn mishaps(&self) -> [u64; 2] {
-        self.mishaps
-    }
-
-    pub(crate) fn gone(&self) -> &[PoolStats] {
-        &self.gone
-    }
-}
-
-impl PoolStats {
-    fn merge(&mut self, other: Self) {
-        self.sequence = self.sequence.max(other.sequence);
-        for host in other.hosts {
-            match self.hosts.iter_mut().find(|h| h.target == host.target) {
-                Some(mine) => {
-                    for (mine, theirs) in mine.rows.iter_mut().zip(&host.rows) {
-                        *mine += theirs;
-                    }
-                }
-                None => self.hosts.push(host),
-            }
-        }
     }
 }
 

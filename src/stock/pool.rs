@@ -306,6 +306,8 @@ pub(crate) fn authorities(url: &str) -> Vec<String> {
         return Vec::new();
     };
     let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    // What may be a password is in no key.
+    let (_, authority) = authority.rsplit_once('@').unwrap_or(("", authority));
     if authority.is_empty() {
         return Vec::new();
     }
@@ -357,7 +359,17 @@ mod tests {
             ["otlp.example:443", "otlp.example"]
         );
         assert_eq!(authorities(" http://[::1]:4318 "), ["[::1]:4318"]);
-        for nothing in ["", "collector", "http://", "http:///path"] {
+        assert_eq!(
+            authorities("http://user:secret@collector:80/v1/traces"),
+            ["collector:80", "collector"]
+        );
+        for nothing in [
+            "http://user:secret@",
+            "",
+            "collector",
+            "http://",
+            "http:///path",
+        ] {
             assert!(authorities(nothing).is_empty(), "{nothing}");
         }
         assert!(exporters().contains(&"localhost:4318".to_owned()));

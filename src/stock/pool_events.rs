@@ -63,7 +63,7 @@
 //! |---|---|---|
 //! | `observed` | each step was said | the same |
 //! | `assumed` | HTTP/1 is not proved yet; otherwise observed | the same |
-//! | `upper_bound` | a client was dropped, its idle connections may be in it | HTTP/2: those whose shared dial failed may be in it |
+//! | `upper_bound` | a client was dropped, and its idle connections may be in it: not more than this | HTTP/2: those whose shared dial failed may be in it |
 //! | `approximate` | messages were missed, hosts are folded, or HTTP/1 and HTTP/2 are mixed | the same |
 //!
 //! # What is known, and what is not
@@ -80,8 +80,9 @@
 //! | HTTP/2: who left the queue when a connection was put | inferred: everybody |
 //! | a wait that ended by `own_dial_or_cancelled` | its dial was done, or failed, or the request was given up: one message |
 //! | HTTP/2: a wait that ended because another one's dial failed | silent; inferred at the next dial (`http`), or cleared with the next connection (`https`) |
-//! | idle connections of a client that was dropped | silent; the gauge becomes [`Certainty::UpperBound`], and they are taken out (`pool_closed`, inferred) once no living pool could hold them |
+//! | idle connections of a client that was dropped | silent, also to which host they went; the gauges of all hosts with connections in a list become [`Certainty::UpperBound`]. Those of which it is certain that no pool holds them are taken out (`pool_closed`, inferred) after twice the idle timeout. A host whose other connections are used meanwhile keeps the upper bound, until its list was empty once, or unused for that long |
 //! | the same, if that client has no pool timer or no idle timeout | silent without any trace: `idle` stays too high |
+//! | a client that lives, has no pool timer or a longer idle timeout than any client of the host told so far, and does not use what it holds | taken for dropped, if another one was; a message that contradicts it makes the gauge [`Certainty::Approximate`] |
 //! | connections in use, and their closes; aborted requests; `connection: close` | silent |
 //! | a client with `pool_max_idle_per_host(0)` | silent: it has no pool |
 //!

@@ -33,12 +33,12 @@ attributes! {
     BYTES_WRITTEN = "conntrack.connection.bytes_written": "bytes written to it, on the layer that was wrapped";
     TIMELINE_DROPPED = "conntrack.timeline.dropped": "moments between the first and the last that were not kept";
     DIRECTION = "conntrack.direction": "`inbound` (accepted) or `outbound` (opened)";
-    NAME = "conntrack.name": "the name of the listener, dialer, connector or transport; `stock` for the pools of stock clients";
+    NAME = "conntrack.name": "the name of the listener, dialer, connector, transport or in-flight limit; `stock` for the pools of stock clients. What has the same name is summed in `conntrack.pool.*`: give a limit a name of its own";
     INSTANCE = "conntrack.instance": "which `Conntrack` of the process, from 0; on the instrumentation scope";
     DROPPED_ITEM = "conntrack.dropped.item": "what was dropped: `span`, `metric_export`, `event`, `channel`, `label_set`, `name`, `phase`, `observer_panic`, `sink_panic`, `pool_event`, `pool_message`";
     REASON = "conntrack.reason": "why: a close, accept or reject reason; of a pool event the wait's outcome, the close reason, `reused` or `new`";
     POOL_EVENT = "conntrack.event": "what happened in the pool, such as `IdleConnIn`";
-    POOL_LIMIT = "conntrack.limit": "which limit: `max_conns_per_host`, `max_idle_conns`, `max_idle_conns_per_host`, `max_waiters`";
+    POOL_LIMIT = "conntrack.limit": "which limit: `max_conns_per_host`, `max_idle_conns`, `max_idle_conns_per_host` (connections), `max_waiters` and, of an in-flight limit, `max_in_flight_per_host` (requests)";
     POOL_LIMIT_VALUE = "conntrack.limit.value": "what the limit is";
     POOL_ACTIVE = "conntrack.pool.active": "connections of the host that requests had";
     POOL_IDLE = "conntrack.pool.idle": "connections that no request had: the host's, or for `max_idle_conns` all";
@@ -340,7 +340,7 @@ metrics! {
         "How long outbound HTTP connections were open; recorded at the close.",
         &[SERVER_ADDRESS, SERVER_PORT, URL_SCHEME, PROTOCOL_VERSION];
     ACTIVE_REQUESTS = "http.client.active_requests", UpDownCounter, "{request}",
-        "Requests of transports that wait for a connection or have one.",
+        "Requests of transports, and under in-flight limits, that wait for a connection or have one. Each transport and each limit counts its own: a request under a limit over a transport, or under two limits, is in it twice, unless all but one are built with `metrics(false)`.",
         &[SERVER_ADDRESS, SERVER_PORT, URL_SCHEME];
     TIME_IN_QUEUE = "http.client.request.time_in_queue", Histogram(SHORT), "s",
         "How long requests of transports, and under in-flight limits, waited for a connection; only those that waited.",
@@ -385,7 +385,7 @@ metrics! {
         "Bytes read and written.",
         &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT, IO_DIRECTION, IO_LAYER];
     POOL_WAITING_NOW = "conntrack.pool.waiting", Gauge, "{request}",
-        "Requests that wait for a connection.",
+        "Requests that wait for a connection, or under an in-flight limit for a place.",
         &[NAME, SERVER_ADDRESS, SERVER_PORT, URL_SCHEME, SOURCE];
     POOL_WAITING_MAX = "conntrack.pool.waiting.max", Gauge, "{request}",
         "The most requests that waited at a time, in this minute or the one before.",
@@ -394,10 +394,10 @@ metrics! {
         "How long the first in the queue has waited; not of stock pools.",
         &[NAME, SERVER_ADDRESS, SERVER_PORT, URL_SCHEME];
     POOL_IDLE_NOW = "conntrack.pool.idle", Gauge, "{connection}",
-        "Idle connections in pools. A stock pool's HTTP/2 connections (version `2`) are in its list while requests run on them too.",
+        "Idle connections in pools; not of in-flight limits, which have none. A stock pool's HTTP/2 connections (version `2`) are in its list while requests run on them too.",
         &[NAME, SERVER_ADDRESS, SERVER_PORT, URL_SCHEME, PROTOCOL_VERSION, SOURCE];
-    POOL_LIMITS = "conntrack.pool.limit", Gauge, "{connection}",
-        "What a pool is held to; a limit that is not set is not there.",
+    POOL_LIMITS = "conntrack.pool.limit", Gauge, "{item}",
+        "What a pool or an in-flight limit is held to, in connections or requests; a limit that is not set is not there.",
         &[NAME, POOL_LIMIT];
     POOL_EVENTS = "conntrack.pool.events", Counter, "{event}",
         "What happened in pools: waits, reuse, idle connections coming and going, limits hit.",

@@ -86,6 +86,7 @@ impl Settings {
     pub(crate) const fn pool_limits(&self) -> PoolLimits {
         PoolLimits {
             max_conns_per_host: self.limits.max_conns_per_host,
+            max_in_flight_per_host: None,
             max_idle_conns: self.limits.max_idle_conns,
             max_idle_conns_per_host: self.limits.max_idle_conns_per_host,
             max_waiters: self.limits.max_waiters,

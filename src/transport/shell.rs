@@ -283,23 +283,22 @@ impl Shell {
 
     /// Looks whether a waiting request was served.
     pub(crate) fn poll_served(&self, ticket: Ticket, waker: &Waker) -> Poll<Served> {
+        // A waker's clone and drop are foreign code: before the lock, and after it.
+        let mut waker = Some(waker.clone());
         let mut state = self.lock();
         let Some(cell) = state.cells.get_mut(ticket.token) else {
             return Poll::Pending;
         };
         match cell.served.take() {
             Some(served) => {
-                state.cells.remove(ticket.token);
+                let cell = state.cells.remove(ticket.token);
+                drop(state);
+                drop(cell);
                 Poll::Ready(served)
             }
             None => {
-                let before = match &cell.waker {
-                    Some(known) if known.will_wake(waker) => None,
-                    _ => cell.waker.replace(waker.clone()),
-                };
+                mem::swap(&mut cell.waker, &mut waker);
                 drop(state);
-                // A waker's drop is foreign code.
-                drop(before);
                 Poll::Pending
             }
         }

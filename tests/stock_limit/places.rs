@@ -1,6 +1,14 @@
 //! How many may go, in which order, and what of a request holds its place.
 
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http_body_util::Empty;
 use otel_conntrack::Conntrack;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tower::{Layer, Service, ServiceExt};
 
 use super::server::{Server, until};
 use super::{Client, reqwest_client};
@@ -60,6 +68,100 @@ async fn who_came_first_goes_first() {
     }
     let came = [0, 1, 2, 3, 4, 6, 7, 8, 9].map(|n| format!("held{n}"));
     assert_eq!(server.seen(), came);
+}
+
+/// A service with a permit that `poll_ready` takes, as tower's concurrency limit. Answers `held` when told.
+struct Permits {
+    free: Arc<Semaphore>,
+    answers: Arc<Notify>,
+    mine: Option<OwnedSemaphorePermit>,
+    more: PollPermit,
+}
+
+type PollPermit = Option<Pin<Box<dyn Future<Output = OwnedSemaphorePermit> + Send>>>;
+type Answer = Result<http::Response<Empty<Bytes>>, std::io::Error>;
+
+impl Permits {
+    fn new(permits: usize) -> Self {
+        Self {
+            free: Arc::new(Semaphore::new(permits)),
+            answers: Arc::default(),
+            mine: None,
+            more: None,
+        }
+    }
+}
+
+impl Clone for Permits {
+    fn clone(&self) -> Self {
+        Self {
+            free: self.free.clone(),
+            answers: self.answers.clone(),
+            mine: None,
+            more: None,
+        }
+    }
+}
+
+impl Service<http::Request<()>> for Permits {
+    type Response = http::Response<Empty<Bytes>>;
+    type Error = std::io::Error;
+    type Future = Pin<Box<dyn Future<Output = Answer> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        if self.mine.is_none() {
+            let free = self.free.clone();
+            let more = self
+                .more
+                .get_or_insert_with(|| Box::pin(async { free.acquire_owned().await.unwrap() }));
+            self.mine = Some(std::task::ready!(more.as_mut().poll(cx)));
+            self.more = None;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<()>) -> Self::Future {
+        let permit = self.mine.take().expect("it was made ready");
+        let answers = self.answers.clone();
+        Box::pin(async move {
+            if request.uri().path() == "/held" {
+                answers.notified().await;
+            }
+            drop(permit);
+            Ok(http::Response::new(Empty::new()))
+        })
+    }
+}
+
+#[tokio::test]
+async fn who_waits_keeps_nothing_of_what_is_inside() {
+    let conntrack = Conntrack::builder().build().unwrap();
+    let limit = conntrack
+        .in_flight_limit("search")
+        .max_in_flight_per_host(1);
+    let limit = limit.build().unwrap();
+    let permits = Permits::new(2);
+    let mut client = limit.layer(permits.clone());
+    let request = |url: &str| http::Request::get(url).body(()).unwrap();
+    // The same service makes all calls, as a loop over `ready()` does.
+    let mut slow = Vec::new();
+    for _ in 0..5 {
+        let call = client.ready().await.unwrap().call(request("http://a/held"));
+        let mut call = Box::pin(call);
+        assert!(futures_util::poll!(&mut call).is_pending());
+        slow.push(call);
+    }
+    assert_eq!((limit.stats().in_use, limit.stats().waiting), (1, 4));
+    assert_eq!(permits.free.available_permits(), 1);
+    // Another host gets through, and whoever has the place of the first one makes itself ready.
+    let other = client.ready().await.unwrap().call(request("http://b/"));
+    other.await.unwrap();
+    for call in slow {
+        permits.answers.notify_one();
+        call.await.unwrap();
+    }
+    assert_eq!(limit.stats().in_use, 0);
+    assert_eq!(permits.free.available_permits(), 2);
 }
 
 #[tokio::test]

@@ -322,6 +322,13 @@ async fn the_metrics_are_those_of_a_pool() {
     let start = reader.collect();
     let hits = [name, (names::POOL_EVENT, "MaxConnsPerHostHit")];
     assert_eq!(start.value(&names::POOL_EVENTS, &hits), Some(0));
+    // What it can never have is not there: rows of connections, and their gauge.
+    assert_eq!(start.series(&names::POOL_EVENTS, &[name]), 6);
+    for absent in ["GotConn", "IdleConnIn", "IdleConnWaitIn", "PutIdleConn"] {
+        let row = [name, (names::POOL_EVENT, absent)];
+        assert_eq!(start.series(&names::POOL_EVENTS, &row), 0, "{absent}");
+    }
+    assert_eq!(start.series(&names::POOL_IDLE_NOW, &[name]), 0);
     // It dials nothing, so there is no dialer of its name.
     assert_eq!(start.series(&names::DIALER_ATTEMPTS, &[]), 0);
     assert!(conntrack.stats().dialer("search").is_none());
@@ -335,15 +342,17 @@ async fn the_metrics_are_those_of_a_pool() {
     assert_eq!(now.value(&names::ACTIVE_REQUESTS, &host), Some(5));
     let limit = |which| now.value(&names::POOL_LIMITS, &[name, (names::POOL_LIMIT, which)]);
     assert_eq!(
-        (limit("max_conns_per_host"), limit("max_waiters")),
+        (limit("max_in_flight_per_host"), limit("max_waiters")),
         (Some(2), Some(9))
     );
+    assert_eq!(limit("max_conns_per_host"), None, "it holds requests");
     assert_eq!(now.sum(&names::POOL_EVENTS, &hits), 3);
 
     server.release(5);
     for request in requests {
         request.await.unwrap().unwrap();
     }
+    assert_eq!(now.series(&names::POOL_IDLE_NOW, &[name]), 0);
     let after = reader.collect();
     assert_eq!(after.value(&names::POOL_WAITING_NOW, &of_pool), Some(0));
     assert_eq!(after.value(&names::ACTIVE_REQUESTS, &host), Some(0));

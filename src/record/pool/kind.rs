@@ -16,7 +16,15 @@ pub(crate) enum PoolKind {
     Transport,
     /// hyper-util's, heard from its messages.
     Stock,
+    /// No pool: a limit on requests, with a queue and no connections.
+    InFlight,
 }
+
+const IN_FLIGHT_OUTCOMES: [WaitOutcome; 3] = [
+    WaitOutcome::Cancelled,
+    WaitOutcome::SlotFreed,
+    WaitOutcome::TimedOut,
+];
 
 const STOCK_OUTCOMES: [WaitOutcome; 4] = [
     WaitOutcome::DeliveredIdle,
@@ -52,6 +60,17 @@ impl PoolKind {
                         .iter()
                         .any(|reason| row == Row::idle_out(Some(*reason)))
             }
+            Self::InFlight => {
+                let plain = [
+                    Row::SLOT_WAIT_IN,
+                    Row::QUEUE_FULL,
+                    Row::hit(PoolLimit::MaxConnsPerHost),
+                ];
+                plain.contains(&row)
+                    || IN_FLIGHT_OUTCOMES
+                        .iter()
+                        .any(|outcome| row == Row::slot_wait_out(*outcome))
+            }
         }
     }
 
@@ -71,7 +90,12 @@ impl PoolKind {
 
     /// Whether it says which requests it has, and since when they wait.
     pub(crate) const fn knows_requests(self) -> bool {
-        matches!(self, Self::Transport)
+        matches!(self, Self::Transport | Self::InFlight)
+    }
+
+    /// Whether it has connections at all.
+    pub(crate) const fn knows_connections(self) -> bool {
+        matches!(self, Self::Transport | Self::Stock)
     }
 }
 
@@ -150,5 +174,18 @@ mod tests {
             );
         }
         assert!(transport.contains(&"PutIdleConn shutdown".to_owned()));
+        let mut in_flight = rows(PoolKind::InFlight);
+        in_flight.sort_unstable();
+        assert_eq!(
+            in_flight,
+            [
+                "ConnsPerHostWaitIn ",
+                "ConnsPerHostWaitOut cancelled",
+                "ConnsPerHostWaitOut slot_freed",
+                "ConnsPerHostWaitOut timed_out",
+                "MaxConnsPerHostHit ",
+                "QueueFull ",
+            ]
+        );
     }
 }

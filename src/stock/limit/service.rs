@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::future::Future;
-use std::mem;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -32,7 +31,9 @@ impl<S> Layer<S> for InFlightLimit {
 /// `http::Request` or `reqwest::Request`.
 ///
 /// A request that finds no place free waits in the call's future, not in `poll_ready`: only its URL
-/// says which queue it belongs in. It keeps the client that was ready for it, and leaves a clone.
+/// says which queue it belongs in. While it waits it keeps nothing that `poll_ready` reserved in what is
+/// inside, such as a permit of tower's `ConcurrencyLimit`: that would starve requests to other hosts. It
+/// makes a clone ready once it has its place.
 #[derive(Clone, Debug)]
 pub struct InFlightService<S> {
     inner: S,
@@ -51,12 +52,13 @@ impl<S> InFlightService<S> {
     {
         let state = match admission {
             Some(Begun::Waits(waiting)) => {
-                // What is ready is called, and a clone need not be.
-                let clone = self.inner.clone();
-                let ready = mem::replace(&mut self.inner, clone);
+                // What is ready may hold a permit that others need, so it goes. A clone of it reserves
+                // nothing, neither the one that stays here.
+                let service = self.inner.clone();
+                self.inner = service.clone();
                 State::Waits {
                     waiting,
-                    then: Some((ready, request)),
+                    then: Some((service, request)),
                 }
             }
             Some(Begun::Refused(error)) => State::Refused { error: Some(error) },
@@ -136,6 +138,10 @@ pin_project! {
             waiting: Waiting,
             then: Option<(S, Q)>,
         },
+        Readies {
+            then: Option<(S, Q)>,
+            place: Option<Place>,
+        },
         // The place is given back after the request is given up, so it is declared after it.
         Runs {
             #[pin]
@@ -159,12 +165,29 @@ impl<S: Service<Q>, Q> InFlightFuture<S, Q> {
             let next = match state.as_mut().project() {
                 Projected::Waits { waiting, then } => {
                     let place = ready!(Pin::new(waiting).poll(cx))?;
-                    let Some((mut service, request)) = then.take() else {
+                    State::Readies {
+                        then: then.take(),
+                        place: Some(place),
+                    }
+                }
+                Projected::Readies { then, place } => {
+                    let Some((service, _)) = then else {
+                        return Poll::Pending;
+                    };
+                    let ready = ready!(service.poll_ready(cx));
+                    let (then, place) = (then.take(), place.take());
+                    if let Err(error) = ready {
+                        // The request first, then its place.
+                        drop(then);
+                        drop(place);
+                        return Poll::Ready(Err(InFlightError::Inner(error)));
+                    }
+                    let Some((mut service, request)) = then else {
                         return Poll::Pending;
                     };
                     State::Runs {
                         inner: service.call(request),
-                        place: Some(place),
+                        place,
                     }
                 }
                 Projected::Runs { inner, place } => {

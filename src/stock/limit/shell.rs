@@ -23,7 +23,7 @@ use super::machine::{Asker, Entered, Limits, Machine, PlaceIx, WaiterIx};
 use crate::event::{IoLayer, PoolEvent, WaitOutcome};
 use crate::observer::Observer;
 use crate::outbound::caller::Caller;
-use crate::record::pool::{Now, PoolLimits, PoolSource, PoolStats, Wait, Waited};
+use crate::record::pool::{Now, PoolKind, PoolLimits, PoolSource, PoolStats, Wait, Waited};
 use crate::record::{Recorder, Scope, lock};
 
 /// How many events may wait for a slow observer before they are dropped and counted.
@@ -174,22 +174,22 @@ impl Shell {
 
     /// Looks whether a waiting request may go.
     fn poll_admitted(&self, ticket: Ticket, waker: &Waker) -> Poll<(PlaceIx, Wait)> {
+        // A waker's clone and drop are foreign code: before the lock, and after it.
+        let mut waker = Some(waker.clone());
         let mut state = self.lock();
-        let Some(cell) = state.cells.get_mut(ticket.token) else {
-            return Poll::Pending;
+        let cell = state.cells.get_mut(ticket.token);
+        let admitted = match cell {
+            Some(cell) if cell.admitted.is_none() => {
+                mem::swap(&mut cell.waker, &mut waker);
+                None
+            }
+            Some(cell) => cell.admitted.take(),
+            None => None,
         };
-        if let Some(admitted) = cell.admitted.take() {
-            state.cells.remove(ticket.token);
-            return Poll::Ready(admitted);
-        }
-        let before = match &cell.waker {
-            Some(known) if known.will_wake(waker) => None,
-            _ => cell.waker.replace(waker.clone()),
-        };
+        let cell = admitted.is_some().then(|| state.cells.remove(ticket.token));
         drop(state);
-        // A waker's drop is foreign code.
-        drop(before);
-        Poll::Pending
+        drop((cell, waker));
+        admitted.map_or(Poll::Pending, Poll::Ready)
     }
 
     /// A waiting request gives up, unless it was admitted in the same moment: then it has a place.
@@ -301,7 +301,7 @@ impl PoolSource for Shell {
             self.scope.name.clone(),
             sequence,
             PoolLimits {
-                max_conns_per_host: Some(limits.in_flight),
+                max_in_flight_per_host: Some(limits.in_flight),
                 max_waiters: limits.waiters,
                 ..PoolLimits::default()
             },
@@ -309,6 +309,7 @@ impl PoolSource for Shell {
             hosts,
             self.scope.metrics(),
         )
+        .of_kind(PoolKind::InFlight)
     }
 
     fn mishaps(&self) -> [u64; 2] {

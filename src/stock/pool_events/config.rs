@@ -75,10 +75,10 @@ impl PoolEventsConfig {
     }
 
     /// Never tracks this authority, such as `collector:4318`: for a telemetry exporter's own
-    /// connections. May be called more than once.
+    /// connections. May be called more than once. A user and a password in it are not kept.
     #[must_use]
     pub fn exclude(mut self, authority: impl Into<String>) -> Self {
-        self.excluded.push(authority.into());
+        self.excluded.push(without_userinfo(authority.into()));
         self
     }
 
@@ -110,5 +110,45 @@ impl PoolEventsConfig {
         self.max_keys = self.max_keys.min(MOST_KEYS);
         self.queue = self.queue.min(LONGEST_QUEUE);
         self
+    }
+}
+
+/// The authority without what may be a password. What is no authority stays none, and does not show it
+/// either.
+fn without_userinfo(authority: String) -> String {
+    match authority.rsplit_once('@') {
+        None => authority,
+        Some((user, host)) if user.contains('/') => format!("\u{2026}/{host}"),
+        Some((_, host)) => host.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_password_is_neither_kept_nor_told() {
+        for (authority, kept) in [
+            ("user:secret@collector:4318", "collector:4318"),
+            ("secret@[::1]:4318", "[::1]:4318"),
+            ("collector:4318", "collector:4318"),
+        ] {
+            let config = PoolEventsConfig::default().exclude(authority);
+            assert_eq!(config.excluded, [kept]);
+            config.check().unwrap();
+        }
+        for wrong in [
+            "http://user:secret@collector:4318/",
+            "http://user:secret@collector/p@th",
+            "user:sec/secret@collector",
+            "user:secret@",
+            "user:secret@a b",
+        ] {
+            let config = PoolEventsConfig::default().exclude(wrong);
+            let error = config.check().unwrap_err();
+            let told = format!("{config:?} {error} {error:?}");
+            assert!(!told.contains("secret"), "{told}");
+        }
     }
 }

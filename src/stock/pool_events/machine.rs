@@ -15,13 +15,13 @@
 //! `Reuse` by a waiter, whichever of the two they belonged to. So attributing one of them to the wrong
 //! half never leaks: the halves are right again as soon as the queue is empty.
 
+mod suspects;
+
 use std::time::{Duration, Instant};
 
+use self::suspects::Suspects;
 use super::message::PoolMessage;
 use crate::record::pool::HighWater;
-
-/// Both hyper-util's and reqwest's idle timeout, where no message told a pool's own.
-const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Declares a closed list with its stable text, used as attribute value.
 macro_rules! words {
@@ -271,11 +271,12 @@ pub(super) struct Machine {
     exclusive: bool,
     /// Waiters that may yet be refused a dial. Those over TLS remain in it, where it is not used.
     undecided: u32,
+    /// The longest that any client said.
     idle_timeout: Option<Duration>,
-    /// Of the idle ones, those that may have gone with a client, and since when.
-    suspects: Option<(u32, Instant)>,
-    /// Clients were dropped since: the suspects are not all.
-    more_suspects: Option<Instant>,
+    /// A client said that it has none: what its list holds may stay there forever.
+    keeps_forever: bool,
+    /// Those of the list that may have gone with a client.
+    suspects: Option<Suspects>,
     /// The number of the last event.
     pub(super) sequence: u64,
     pub(super) counts: [u64; ROWS],
@@ -301,8 +302,8 @@ impl Machine {
             exclusive: false,
             undecided: 0,
             idle_timeout: None,
+            keeps_forever: false,
             suspects: None,
-            more_suspects: None,
             sequence: 0,
             counts: [0; ROWS],
             unmatched: 0,
@@ -330,13 +331,13 @@ impl Machine {
     }
 
     /// Changes if anything does that is not said by an event.
-    pub(super) fn mark(&self) -> (u64, u32, u64, bool, bool) {
+    pub(super) fn mark(&self) -> (u64, u32, u64, bool, Certainty) {
         (
             self.sequence,
             self.handed,
             self.unmatched,
             self.suspects.is_some(),
-            self.approximate,
+            self.certainty(),
         )
     }
 
@@ -433,7 +434,8 @@ impl Machine {
                 self.emit(Kind::H2DialCoalesced, false, out);
             }
             PoolMessage::Take { idle_timeout } => {
-                self.idle_timeout = idle_timeout.or(self.idle_timeout);
+                self.idle_timeout = self.idle_timeout.max(idle_timeout);
+                self.keeps_forever |= idle_timeout.is_none();
                 // A checkout speaks of a list only if it is not empty; and what leaves an HTTP/1 list
                 // is told late, never early. So what is left there is HTTP/2, or was there before us.
                 if self.idle + self.shared == 0 {
@@ -441,19 +443,15 @@ impl Machine {
                 }
             }
             PoolMessage::Reuse if from_list => match self.protocol {
-                StockProtocol::Http2 => self.emit(Kind::H2ConnShared, false, out),
+                StockProtocol::Http2 => self.share(false, out),
                 // One HTTP/2 connection at the bottom of the list, HTTP/1 ones on top of it.
-                StockProtocol::Mixed if self.idle == 0 => self.emit(Kind::H2ConnShared, true, out),
+                StockProtocol::Mixed if self.idle == 0 => self.share(true, out),
                 _ => self.exit(IdleOutReason::Reused, out),
             },
             PoolMessage::Reuse => self.taken_up(out),
             PoolMessage::RemovingClosed | PoolMessage::EvictingClosed => self.exit(PeerClosed, out),
             PoolMessage::RemovingExpired | PoolMessage::EvictingExpired => {
                 self.exit(IdleTimeout, out);
-                // The oldest go first.
-                if let Some((suspects, _)) = &mut self.suspects {
-                    *suspects = suspects.saturating_sub(1);
-                }
             }
             PoolMessage::CheckoutWaiting => {
                 self.waiting += 1;
@@ -569,9 +567,7 @@ impl Machine {
         }
         *from -= 1;
         let idle = self.idle + self.shared;
-        if let Some((suspects, _)) = &mut self.suspects {
-            *suspects = (*suspects).min(idle);
-        }
+        self.one_lives(idle);
         let inferred = reason == IdleOutReason::PoolClosed
             || matches!(self.protocol, StockProtocol::Unknown | StockProtocol::Mixed)
                 && reason == IdleOutReason::Reused;
@@ -584,6 +580,12 @@ impl Machine {
             inferred,
             out,
         );
+    }
+
+    /// A request got a stream on a connection of the list, which stays there.
+    fn share(&mut self, inferred: bool, out: &mut impl Out) {
+        self.one_lives((self.idle + self.shared).saturating_sub(1));
+        self.emit(StockPoolEventKind::H2ConnShared, inferred, out);
     }
 
     fn leave(&mut self, outcome: StockWaitOutcome, inferred: bool, out: &mut impl Out) {
@@ -653,39 +655,6 @@ impl Machine {
             inferred,
             out,
         );
-    }
-
-    /// A client is gone, and what it held idle with it. Nobody says which.
-    fn suspect(&mut self, now: Instant) {
-        if self.idle + self.shared == 0 {
-            return;
-        }
-        match self.suspects {
-            None => self.suspects = Some((self.idle + self.shared, now)),
-            Some(_) => self.more_suspects = Some(now),
-        }
-    }
-
-    /// A pool that lives would have thrown out by now what was idle when the client was dropped.
-    fn give_up_suspects(&mut self, now: &impl Fn() -> Instant, out: &mut impl Out) {
-        let Some((suspects, since)) = self.suspects else {
-            return;
-        };
-        // The interval looks once per timeout, so what it holds is never older than two of them.
-        let timeout = self.idle_timeout.unwrap_or(DEFAULT_IDLE_TIMEOUT);
-        let due = timeout.saturating_mul(2) + Duration::from_secs(1);
-        let now = now();
-        if now.saturating_duration_since(since) <= due {
-            return;
-        }
-        for _ in 0..suspects {
-            self.exit(IdleOutReason::PoolClosed, out);
-        }
-        self.suspects = None;
-        // A drop since then: what is there now is under suspicion from now on.
-        if self.more_suspects.take().is_some() {
-            self.suspect(now);
-        }
     }
 
     fn emit(&mut self, kind: StockPoolEventKind, inferred: bool, out: &mut impl Out) {

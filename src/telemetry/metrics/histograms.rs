@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use opentelemetry::KeyValue;
 use opentelemetry::metrics::{Histogram, Meter};
 
-use super::labels::{Admitted, Host, Labels};
+use super::labels::{Admitted, Host, LABEL_SETS, Labels};
 use crate::event::{Direction, FailureReason, ProtocolVersion};
 use crate::record::connection::{Connection, Phase, PhaseKind};
 use crate::record::pool::Waited;
@@ -16,6 +16,9 @@ use crate::record::scope::is_folded;
 use crate::record::stats::Drops;
 use crate::record::{Recorder, lock};
 use crate::telemetry::names::{self, Metric};
+
+/// How many keys of label sets a histogram remembers.
+const KEYS: usize = 2 * LABEL_SETS;
 
 /// The histograms of every meter, recorded when a set-up ends and when a connection is closed.
 pub(crate) struct Histograms {
@@ -42,6 +45,27 @@ struct Bounded {
 struct Known {
     admitted: Admitted,
     by_key: HashMap<Key, Arc<[KeyValue]>, BuildHasherDefault<KeyHasher>>,
+}
+
+impl Known {
+    /// The attributes of a key, and whether they were folded.
+    fn attributes(&mut self, key: Key, labels: impl FnOnce() -> Labels) -> (Arc<[KeyValue]>, bool) {
+        if let Some(attributes) = self.by_key.get(&key) {
+            return (attributes.clone(), false);
+        }
+        let (labels, folded) = self.admitted.admit(labels());
+        let attributes: Arc<[KeyValue]> = labels.attributes().into();
+        // A set without a place of its own is not remembered either.
+        if !folded {
+            // Scopes that come and go have one label set under ever new keys. Those in use are soon
+            // back.
+            if self.by_key.len() >= KEYS {
+                self.by_key.clear();
+            }
+            self.by_key.insert(key, attributes.clone());
+        }
+        (attributes, folded)
+    }
 }
 
 /// What tells the label sets of one histogram apart, in few bytes: the scope, the host's slot in
@@ -125,21 +149,7 @@ impl Histograms {
 
     /// Records a value; `labels` is asked for when this label set is new.
     fn record(&self, histogram: &Bounded, key: Key, value: f64, labels: impl FnOnce() -> Labels) {
-        let (attributes, folded) = {
-            let mut known = lock(&histogram.known);
-            match known.by_key.get(&key) {
-                Some(attributes) => (attributes.clone(), false),
-                None => {
-                    let (labels, folded) = known.admitted.admit(labels());
-                    let attributes: Arc<[KeyValue]> = labels.attributes().into();
-                    // A set without a place of its own is not remembered either.
-                    if !folded {
-                        known.by_key.insert(key, attributes.clone());
-                    }
-                    (attributes, folded)
-                }
-            }
-        };
+        let (attributes, folded) = lock(&histogram.known).attributes(key, labels);
         if folded {
             self.drops.label_sets(1);
         }
@@ -296,6 +306,27 @@ impl Sink for Histograms {
             self.record(&self.idle_time, by_reason, idle.as_secs_f64(), || {
                 labels().fact(names::REASON, reason)
             });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scopes_that_come_and_go_do_not_fill_the_memory() {
+        let mut known = Known::default();
+        let name: Arc<str> = "search".into();
+        for scope in 0..100_000 {
+            let key = Key {
+                scope,
+                slot: 1,
+                fact: 0,
+            };
+            let (attributes, folded) = known.attributes(key, || Labels::name(&name));
+            assert_eq!((attributes.len(), folded), (1, false));
+            assert!(known.by_key.len() <= KEYS);
         }
     }
 }

@@ -101,8 +101,11 @@ const OBSERVABLES: &[(&Metric, Read)] = &[
         }
     }),
     (&names::POOL_IDLE_NOW, |stats, sums| {
-        each_pool(stats, |labels| sums.add(labels, 0));
-        for (pool, host) in pool_hosts(stats) {
+        let known = |pool: &&PoolStats| pool.kind.knows_connections();
+        for pool in pools(stats).filter(known) {
+            sums.add(Labels::name(&pool.name), 0);
+        }
+        for (pool, host) in pool_hosts(stats).filter(|(pool, _)| known(pool)) {
             let labels = of_host(pool, host, host.idle_source);
             // What a list of HTTP/2 holds need not be idle: it stands apart.
             if host.shared < host.idle || host.shared == 0 {
@@ -119,6 +122,7 @@ const OBSERVABLES: &[(&Metric, Read)] = &[
             let limits = &pool.limits;
             for (name, limit) in [
                 ("max_conns_per_host", limits.max_conns_per_host),
+                ("max_in_flight_per_host", limits.max_in_flight_per_host),
                 ("max_idle_conns", limits.max_idle_conns),
                 ("max_idle_conns_per_host", limits.max_idle_conns_per_host),
                 ("max_waiters", limits.max_waiters),

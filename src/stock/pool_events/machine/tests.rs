@@ -335,6 +335,113 @@ fn connections_of_a_dropped_client_are_taken_out_once_no_pool_could_hold_them() 
     ));
 }
 
+/// A client elsewhere was dropped. The two that live hold one connection each, and use it.
+#[test]
+fn connections_of_two_clients_that_live_are_never_taken_out() {
+    let mut fed = Fed::new(Machine::new());
+    fed.pooled();
+    fed.pooled();
+    fed.on(Input::SomePoolClosed);
+    for _ in 0..2 {
+        fed.all(&[TAKE]);
+        fed.on(FROM_LIST);
+        fed.pooled();
+    }
+    for _ in 0..3 {
+        fed.now += Duration::from_secs(22);
+        fed.on(Input::Tick);
+        assert_eq!(fed.machine.idle, 2);
+        // Nobody said that both live at the same time.
+        assert_eq!(fed.machine.certainty(), Certainty::UpperBound);
+        for _ in 0..2 {
+            fed.all(&[TAKE]);
+            fed.on(FROM_LIST);
+            fed.pooled();
+        }
+    }
+    // Both are in use at once: nothing in the list can be gone.
+    fed.all(&[TAKE]);
+    fed.on(FROM_LIST);
+    fed.all(&[TAKE]);
+    fed.on(FROM_LIST);
+    assert_eq!(fed.machine.certainty(), Certainty::AssumedHttp1);
+    fed.pooled();
+    fed.pooled();
+    fed.now += Duration::from_secs(1_000);
+    fed.on(Input::Tick);
+    assert_eq!(fed.machine.idle, 2);
+    assert_eq!(fed.machine.certainty(), Certainty::AssumedHttp1);
+}
+
+#[test]
+fn what_is_uncertain_is_taken_out_once_the_lists_are_quiet() {
+    let mut fed = Fed::new(Machine::new());
+    for _ in 0..3 {
+        fed.pooled();
+    }
+    fed.on(Input::SomePoolClosed);
+    // One of three is gone; those that live are used, one after the other.
+    for _ in 0..5 {
+        fed.all(&[TAKE]);
+        fed.on(FROM_LIST);
+        fed.pooled();
+    }
+    fed.now += Duration::from_secs(22);
+    fed.on(Input::Tick);
+    assert_eq!(fed.machine.idle, 3);
+    // Then they expire.
+    fed.all(&[PoolMessage::EvictingExpired, PoolMessage::EvictingExpired]);
+    assert_eq!(fed.machine.idle, 1);
+    assert_eq!(fed.machine.certainty(), Certainty::UpperBound);
+    fed.now += Duration::from_secs(22);
+    fed.on(Input::Tick);
+    assert_eq!((fed.machine.idle, fed.machine.has_suspects()), (0, false));
+}
+
+#[test]
+fn an_http2_connection_that_gives_streams_is_not_taken_out() {
+    let mut fed = Fed::new(Machine::new());
+    fed.on(Input::NegotiatedH2);
+    fed.pooled();
+    fed.on(Input::SomePoolClosed);
+    assert_eq!(fed.machine.certainty(), Certainty::UpperBound);
+    fed.all(&[TAKE]);
+    fed.on(FROM_LIST);
+    assert_eq!(fed.machine.certainty(), Certainty::Exact);
+    fed.now += Duration::from_secs(1_000);
+    fed.on(Input::Tick);
+    assert_eq!(fed.machine.shared, 1);
+}
+
+#[test]
+fn nothing_is_taken_out_where_a_list_keeps_its_connections_forever() {
+    let mut fed = Fed::new(Machine::new());
+    fed.pooled();
+    fed.pooled();
+    fed.all(&[PoolMessage::Take { idle_timeout: None }]);
+    fed.on(FROM_LIST);
+    fed.pooled();
+    fed.on(Input::SomePoolClosed);
+    fed.now += Duration::from_secs(1_000_000);
+    fed.on(Input::Tick);
+    assert_eq!(fed.machine.idle, 2);
+    assert_eq!(fed.machine.certainty(), Certainty::UpperBound);
+}
+
+#[test]
+fn a_change_of_certainty_alone_is_published() {
+    let mut fed = Fed::new(Machine::new());
+    fed.all(&[TAKE]);
+    let (before, guess) = (fed.machine.mark(), fed.machine.certainty());
+    assert_eq!(guess, Certainty::Approximate);
+    // What was a guess is told now; no event says so.
+    let events = fed.events.len();
+    fed.on(Input::NegotiatedH2);
+    assert_eq!(fed.events.len(), events);
+    assert_eq!(fed.machine.certainty(), Certainty::Exact);
+    assert_ne!(fed.machine.mark(), before);
+}
+
 #[test]
 fn what_expires_after_a_client_was_dropped_is_not_taken_out_twice() {
     let mut fed = Fed::new(Machine::new());
