@@ -8,7 +8,7 @@ use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::fmt::{self, Write as _};
 use std::hash::{Hash, Hasher};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -222,14 +222,14 @@ impl Shared {
         }
         let callsite = event.metadata().callsite();
         match self.callsites.look_up(&callsite) {
-            Some(UNKNOWN) => {
+            Some(known) if known.index == UNKNOWN => {
                 self.unknown.fetch_add(1, Ordering::Relaxed);
             }
-            Some(index) => match message::keyless_at(index) {
+            Some(known) => match message::keyless_at(known.index) {
                 Some(message) => self.keyless(message),
-                None => match self.goes_on(index, here) {
+                None => match self.goes_on(known, here) {
                     Some((message, cell)) => self.keyed(message, &cell, here),
-                    None => self.read(event, Some(index), here),
+                    None => self.read(event, Some(known), here),
                 },
             },
             None => self.read(event, None, here),
@@ -247,11 +247,11 @@ impl Shared {
         }
     }
 
-    fn read(&self, event: &Event<'_>, known: Option<usize>, here: &Here) {
+    fn read(&self, event: &Event<'_>, known: Option<&Known>, here: &Here) {
         let mut text = Text(here.text.take());
         text.0.clear();
         event.record(&mut text);
-        let index = known.or_else(|| {
+        let index = known.map(|known| known.index).or_else(|| {
             let index = message::index_of(&text.0);
             self.callsites
                 .remember(event.metadata().callsite(), index.unwrap_or(UNKNOWN));
@@ -260,15 +260,19 @@ impl Shared {
         if let Some(index) = index
             && let Some((message, cell)) = self.as_before(index, &text.0, here)
         {
+            if let Some(known) = known {
+                known.said(true);
+            }
             self.keyed(message, &cell, here);
             here.text.set(text.0);
             return;
         }
         // A call site that says now this and now that is read afresh.
-        let parsed = index
-            .and_then(|index| message::parse_as(index, &text.0))
-            .unwrap_or_else(|| message::parse(&text.0));
-        match parsed {
+        let parsed = index.and_then(|index| message::parse_as(index, &text.0));
+        if let Some(known) = known {
+            known.said(parsed.is_some());
+        }
+        match parsed.unwrap_or_else(|| message::parse(&text.0)) {
             (PoolMessage::Unknown, _) => {
                 self.unknown.fetch_add(1, Ordering::Relaxed);
             }
@@ -284,10 +288,10 @@ impl Shared {
 
     /// The message, if it can only be the next one of what the thread's message before began: then it
     /// is about the same key, and need not be formatted.
-    fn goes_on(&self, index: usize, here: &Here) -> Option<(PoolMessage, Arc<KeyCell>)> {
+    fn goes_on(&self, known: &Known, here: &Here) -> Option<(PoolMessage, Arc<KeyCell>)> {
         let open = here.open.borrow();
         let open = open.iter().find(|open| open.layer == self.id)?;
-        let message = message::plain_at(index)?;
+        let message = message::plain_at(known.index).filter(|_| known.is_constant())?;
         let same = match open.step {
             Step::Take => matches!(
                 message,
@@ -412,10 +416,42 @@ impl Visit for Text {
 const UNKNOWN: usize = KNOWN;
 const SLOTS: usize = 64;
 
+/// What a call site says.
+struct Known {
+    callsite: Identifier,
+    index: usize,
+    /// How often it was read and said that; [`MIXED`] once it said something else.
+    said: AtomicU32,
+}
+
+/// So often a call site is read before it is believed to say always the same.
+const PROBATION: u32 = 32;
+const MIXED: u32 = u32::MAX;
+
+impl Known {
+    /// It was read. Relaxed: it guards nothing.
+    fn said(&self, that: bool) {
+        match self.said.load(Ordering::Relaxed) {
+            _ if !that => self.said.store(MIXED, Ordering::Relaxed),
+            said if said < PROBATION => {
+                // Lost updates only prolong it, but none may hide that it is mixed.
+                let next = said + 1;
+                let order = Ordering::Relaxed;
+                let _ = self.said.compare_exchange(said, next, order, order);
+            }
+            _ => {}
+        }
+    }
+
+    fn is_constant(&self) -> bool {
+        self.said.load(Ordering::Relaxed) == PROBATION
+    }
+}
+
 /// Which message a call site says, found without a lock. hyper-util has 19 of them; what does not fit
 /// is read afresh each time.
 pub(super) struct Callsites {
-    slots: [OnceLock<(Identifier, usize)>; SLOTS],
+    slots: [OnceLock<Known>; SLOTS],
 }
 
 impl Callsites {
@@ -425,18 +461,18 @@ impl Callsites {
         }
     }
 
-    fn slots(&self, callsite: &Identifier) -> impl Iterator<Item = &OnceLock<(Identifier, usize)>> {
+    fn slots(&self, callsite: &Identifier) -> impl Iterator<Item = &OnceLock<Known>> {
         let mut hasher = Address(0);
         callsite.hash(&mut hasher);
         let first = hasher.finish() as usize % SLOTS;
         (0..SLOTS).map(move |offset| &self.slots[(first + offset) % SLOTS])
     }
 
-    fn look_up(&self, callsite: &Identifier) -> Option<usize> {
+    fn look_up(&self, callsite: &Identifier) -> Option<&Known> {
         for slot in self.slots(callsite) {
-            let (known, index) = slot.get()?;
-            if known == callsite {
-                return Some(*index);
+            let known = slot.get()?;
+            if known.callsite == *callsite {
+                return Some(known);
             }
         }
         None
@@ -444,8 +480,12 @@ impl Callsites {
 
     fn remember(&self, callsite: Identifier, index: usize) {
         for slot in self.slots(&callsite) {
-            let (known, _) = slot.get_or_init(|| (callsite.clone(), index));
-            if *known == callsite {
+            let known = slot.get_or_init(|| Known {
+                callsite: callsite.clone(),
+                index,
+                said: AtomicU32::new(0),
+            });
+            if known.callsite == callsite {
                 return;
             }
         }
