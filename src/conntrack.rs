@@ -172,7 +172,8 @@ impl Conntrack {
     }
 
     /// A limit on the requests in flight to one host, under this name, for clients that have none:
-    /// reqwest, hyper-util's.
+    /// reqwest, hyper-util's. Give it a name that no transport and no other limit has, such as
+    /// `search-limit`: metrics are summed by name.
     #[cfg(all(feature = "stock", feature = "hyper"))]
     pub fn in_flight_limit(&self, name: &str) -> crate::InFlightLimitBuilder {
         crate::InFlightLimitBuilder::new(self.recorder.clone(), name)

@@ -31,7 +31,9 @@ pub struct Dropped {
     /// Events that no observer saw, because one was too slow for too long.
     pub events: u64,
     /// What had no label set of its own and is counted in `_other`: attempts to hosts beyond a name's
-    /// bound, points of a histogram, series of a counter or gauge.
+    /// bound, points of a histogram, series of a counter or gauge. Not how many hosts these were: an
+    /// in-flight limit forgets a host beyond 200 that has no requests, and counts here again when the
+    /// next one comes.
     pub label_sets: u64,
     /// Events that a [`channel`](crate::channel) had no room for.
     pub channel_items: u64,
@@ -119,7 +121,9 @@ impl Drops {
 pub struct Stats {
     /// By direction, then by name.
     pub scopes: Vec<ScopeStats>,
-    /// The pools of transports and of stock clients, and the counts of those that are gone.
+    /// The pools of transports and of stock clients, the in-flight limits, and the counts of those that
+    /// are gone: per name and kind one entry, with at most 200 hosts, and one for the sum over the others
+    /// once pools of the name had more.
     pub pools: Vec<PoolStats>,
     /// How the ends of a stock client's connections are seen; none while there was no such
     /// connection.
@@ -139,8 +143,9 @@ impl Stats {
         self.scope(Direction::Outbound, name)
     }
 
-    /// The pool of a transport, or of stock clients (`stock`); the first that was made, if several have
-    /// the name.
+    /// The pool of a transport, the pools of stock clients (`stock`), or an in-flight limit. If several
+    /// have the name, the first that was made of those that live: a transport and a limit of one name
+    /// can't be told apart here, so give them different ones (`search`, `search-limit`).
     pub fn pool(&self, name: &str) -> Option<&PoolStats> {
         self.pools.iter().find(|pool| *pool.name == *name)
     }

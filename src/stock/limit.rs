@@ -63,12 +63,23 @@ use crate::record::pool::{PoolSource, PoolStats};
 /// connections, so it says nothing of them. Counts keep 200 hosts apart; the limit holds for each of
 /// any number.
 ///
+/// Give it a name of its own (`search-limit` over the client `search`). Metrics are summed by name, so
+/// under the name of a transport or of another limit its waits can't be told from theirs, and
+/// [`Stats::pool`](crate::Stats::pool) gives only the first of them.
+///
+/// **A request under two limits, or under a limit over a [`Transport`](crate::Transport)**, is two
+/// requests in `http.client.active_requests` (which has no name to tell them apart), and has two waits
+/// in `http.client.request.time_in_queue` if it waited twice. Where that matters, build all but one
+/// with [`metrics(false)`](InFlightLimitBuilder::metrics); [`stats`](Self::stats), events and spans
+/// remain. A `Transport` has `max_conns_per_host` itself and mostly needs no limit over it.
+///
 /// Telemetry exporters' own requests pass without being counted or held.
 ///
 /// # What it can't see
 ///
 /// - Redirects that the client follows itself go under the host of the first URL, and what goes through
 ///   a proxy under the host that it asks for.
+/// - A `reqwest::blocking::Client` can't be put under it: it is no tower service, and has no middlewares.
 /// - A connection that is upgraded (101, CONNECT) gives its place back with the response's head.
 /// - Two clients that share a limit have a pool each: what one holds idle is open too.
 /// - What hyper-util's pool opens for nothing. A request that finds no idle connection dials, also where
@@ -102,7 +113,7 @@ use crate::record::pool::{PoolSource, PoolStats};
 ///
 /// let conntrack = Conntrack::builder().build()?;
 /// let limit = conntrack
-///     .in_flight_limit("search")
+///     .in_flight_limit("search-limit")
 ///     .max_in_flight_per_host(8)
 ///     .wait_timeout(Duration::from_secs(5))
 ///     .build()?;
@@ -203,6 +214,10 @@ impl InFlightLimitBuilder {
 
     /// How long a request may wait for its place; more than 0. Default: no limit. Then it fails with
     /// [`WaitTimedOut`](InFlightLimitError::WaitTimedOut). It needs a tokio runtime with time.
+    ///
+    /// **The client's own timeout does not cover this wait**: reqwest's `timeout` begins when the request
+    /// has its place. A caller waits for both, one after the other. So set this one too, or put a
+    /// timeout of tower's over the limit.
     pub fn wait_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.wait_timeout = timeout.into();
         self
@@ -211,6 +226,9 @@ impl InFlightLimitBuilder {
     /// How many requests to one host may wait. One more fails at once with
     /// [`QueueFull`](InFlightLimitError::QueueFull). 0 is no queue. Default 10 000; `None` for no
     /// limit.
+    ///
+    /// As with a transport, such a request is told by the event `QueueFull` alone, which says that the
+    /// places were taken as well; `MaxConnsPerHostHit` is told of those that begin to wait.
     pub fn max_waiters(mut self, most: impl Into<Option<usize>>) -> Self {
         self.waiters = most.into();
         self
@@ -222,7 +240,8 @@ impl InFlightLimitBuilder {
         self
     }
 
-    /// Whether the limit is in the metrics. Default: on. `stats()` has it anyway.
+    /// Whether the limit is in the metrics. Default: on. `stats()` has it anyway. Off, requests that
+    /// another limit or a transport counts too are not counted twice.
     pub const fn metrics(mut self, on: bool) -> Self {
         self.metrics = on;
         self
@@ -237,7 +256,7 @@ impl InFlightLimitBuilder {
     ///
     /// ```
     /// let conntrack = otel_conntrack::Conntrack::builder().build()?;
-    /// let error = conntrack.in_flight_limit("search").max_in_flight_per_host(0).build().unwrap_err();
+    /// let error = conntrack.in_flight_limit("search-limit").max_in_flight_per_host(0).build().unwrap_err();
     /// assert_eq!(error.setting(), "max_in_flight_per_host");
     /// # Ok::<(), otel_conntrack::ConfigError>(())
     /// ```

@@ -109,6 +109,7 @@ type Layers = tower_http::decompression::Decompression<FollowRedirect<Hop, Follo
 /// | errors of `send()` | [`TransportError`](crate::TransportError) or [`FrontError`], within [`reqwest_middleware::Error::Middleware`]: `is_timeout()` and the like of that type say no |
 /// | errors of bodies | `reqwest::Error`, with ours among the sources; `is_timeout()` says yes for ours, too |
 /// | retries | [`TransportBuilder::retry_idempotent`](crate::TransportBuilder::retry_idempotent) instead of `retry` |
+/// | `reqwest-retry` before it | its default strategy takes every [`Middleware`](reqwest_middleware::Error::Middleware) error for fatal, and ours are: give it a `RetryableStrategy` that asks [`TransportError::is_sent`](crate::TransportError::is_sent) and `reason()`, as below. Responses (5xx, 429) it retries as ever |
 /// | proxies, TLS, DNS, pool, sockets, `connect_timeout`, HTTP/2's settings | the transport's own, with its own defaults: `connect_timeout` is 30 s, idle connections 1 024. No HTTP/3 |
 ///
 /// # Errors
