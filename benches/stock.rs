@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Both sides run in one process, in pairs whose order alternates; the figure is the median of the
-//! pairs' ratios of throughput with its 95 % interval (by order statistics). Every request runs inside
+//! pairs' ratios of throughput with its 95 % interval (by order statistics); the same by the processor's
+//! time stands beside it, since neighbours on the machine disturb it less. Every request runs inside
 //! a caller's span, on both sides, sampled at 1 %. Spans are dropped when they end, metrics are on.
 //! Server and client share one runtime with two workers and the loopback.
 //!
@@ -135,8 +136,8 @@ impl Bench {
         builder.build().expect("the settings are right")
     }
 
-    /// Seconds for one load on one side, connections set up before.
-    fn measure(&self, side: Side, load: Load) -> f64 {
+    /// Seconds for one load on one side, connections set up before; and the processor's.
+    fn measure(&self, side: Side, load: Load) -> [f64; 2] {
         let dispatch = (side == Side::Pool).then(|| {
             let layer = self
                 .conntrack
@@ -164,7 +165,7 @@ impl Bench {
         seconds
     }
 
-    async fn drive<S>(&self, client: S, address: SocketAddr, load: Load) -> f64
+    async fn drive<S>(&self, client: S, address: SocketAddr, load: Load) -> [f64; 2]
     where
         S: Service<reqwest::Request, Response = reqwest::Response, Error = reqwest::Error>
             + Clone
@@ -200,10 +201,20 @@ impl Bench {
         };
         // Warm the pool.
         all(load.callers * 4).await;
-        let begin = Instant::now();
+        let (begin, cpu) = (Instant::now(), processor());
         all(load.requests).await;
-        begin.elapsed().as_secs_f64()
+        [begin.elapsed().as_secs_f64(), processor() - cpu]
     }
+}
+
+/// Seconds that this process' threads ran so far.
+fn processor() -> f64 {
+    let threads = std::fs::read_dir("/proc/self/task").into_iter().flatten();
+    let ran = threads.flatten().filter_map(|thread| {
+        let text = std::fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        text.split(' ').next()?.parse::<u64>().ok()
+    });
+    ran.sum::<u64>() as f64 / 1e9
 }
 
 /// Answers with five bytes; with a gate, not before it is open.
@@ -255,7 +266,7 @@ fn runtime(dispatch: Option<tracing::Dispatch>) -> Runtime {
 // === the figures ===
 
 fn compare(name: &str, bench: &Bench, other: Side, load: Load, rounds: usize, bar: f64) {
-    let (mut ratios, mut added) = (Vec::new(), Vec::new());
+    let (mut ratios, mut by_processor, mut added) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..rounds {
         let (bare, tracked) = if round % 2 == 0 {
             let bare = bench.measure(Side::Bare, load);
@@ -264,10 +275,12 @@ fn compare(name: &str, bench: &Bench, other: Side, load: Load, rounds: usize, ba
             let tracked = bench.measure(other, load);
             (bench.measure(Side::Bare, load), tracked)
         };
-        ratios.push(bare / tracked);
-        added.push((tracked - bare) / load.requests as f64 * 1e9);
+        ratios.push(bare[0] / tracked[0]);
+        by_processor.push(bare[1] / tracked[1]);
+        added.push((tracked[1] - bare[1]) / load.requests as f64 * 1e9);
     }
     let (ratio, low, high) = median(&mut ratios);
+    let (processor, least, most) = median(&mut by_processor);
     let (nanos, ..) = median(&mut added);
     let bar = if bar == 0.0 {
         String::new()
@@ -275,7 +288,7 @@ fn compare(name: &str, bench: &Bench, other: Side, load: Load, rounds: usize, ba
         format!(", bar {bar}")
     };
     println!(
-        "  {name:<44} {ratio:.3} of bare throughput [{low:.3}, {high:.3}], {nanos:+.0} ns per request, {rounds} pairs{bar}"
+        "  {name:<36} {ratio:.3} of bare throughput [{low:.3}, {high:.3}], by processor {processor:.3} [{least:.3}, {most:.3}], {nanos:+.0} ns of it per request, {rounds} pairs{bar}"
     );
 }
 

@@ -12,29 +12,33 @@ pub(crate) fn hold<G: Send + Sync + 'static>(
     response: reqwest::Response,
     guard: G,
 ) -> reqwest::Response {
-    let url = response.url().clone();
+    if is_empty(&response) {
+        // A response without content ends with its head; nobody polls such a body.
+        return response;
+    }
+    // The URL goes with the extensions, under a type that only a builder has.
+    let url = http::response::Builder::new()
+        .url(response.url().clone())
+        .body(());
     let (parts, body) = http::Response::<reqwest::Body>::from(response).into_parts();
-    // Where reqwest decompresses, a body does not say that it is empty before it is read.
-    let empty = matches!(
-        parts.status,
-        StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED
-    ) || parts
-        .headers
-        .get(CONTENT_LENGTH)
-        .is_some_and(|length| length == "0");
-    let body = if empty || body.is_end_stream() {
+    let body = if body.is_end_stream() {
         drop(guard);
         body
     } else {
         reqwest::Body::wrap(Held::new(body, Some(guard)))
     };
-    let mut response = http::Response::from_parts(parts, body);
-    // The URL goes with the extensions, under a type that only a builder has.
-    let url = http::response::Builder::new().url(url).body(());
+    let mut held = http::Response::from_parts(parts, body);
     if let Ok(url) = url {
-        response
-            .extensions_mut()
-            .extend(url.into_parts().0.extensions);
+        held.extensions_mut().extend(url.into_parts().0.extensions);
     }
-    response.into()
+    held.into()
+}
+
+/// Where reqwest decompresses, a body does not say that it is empty before it is read.
+fn is_empty(response: &reqwest::Response) -> bool {
+    let none = [StatusCode::NO_CONTENT, StatusCode::NOT_MODIFIED].contains(&response.status());
+    none || response
+        .headers()
+        .get(CONTENT_LENGTH)
+        .is_some_and(|length| length == "0")
 }

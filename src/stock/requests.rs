@@ -40,11 +40,10 @@ use crate::record::{Connection, Recorder, Scope};
 /// - the connection is active and idle, its requests are counted, it has a last version;
 /// - the caller's span gets the event `connection.acquired`, the attribute
 ///   `conntrack.connection.id` and a link to the connection's set-up;
-/// - the connection's [`ConnectionRecord`] and the request's [`RequestFacts`] are in the response's
-///   extensions;
+/// - the connection's [`ConnectionRecord`] is in the response's extensions;
 /// - with the pool's layer ([`Conntrack::stock_layer`](crate::Conntrack::stock_layer)), how long the
-///   request waited in the pool: a span `wait_for_connection` under the caller's, and
-///   `http.client.request.time_in_queue`.
+///   request waited in the pool: [`RequestFacts`] in the response's extensions, a span
+///   `wait_for_connection` under the caller's, and `http.client.request.time_in_queue`.
 ///
 /// A connection that was dialled for a request and served none (another one came free first) is idle.
 ///
@@ -77,7 +76,8 @@ struct Shared {
     pool: Arc<Slot>,
 }
 
-/// What is known of one request to an unmodified reqwest client; in its response's extensions.
+/// What is known of one request to an unmodified reqwest client; in its response's extensions, where
+/// the pool is heard ([`Conntrack::stock_layer`](crate::Conntrack::stock_layer)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RequestFacts {
@@ -150,9 +150,10 @@ impl Errand {
         let found = ends.and_then(|ends| close_watch::find(&ends));
         let found = found.map(|connection| (connection.request_started(), connection));
         let version = protocol(response.version());
+        let heard = self.watch.is_some();
         let waited = self.waited(version, found.as_ref().map(|(_, connection)| &**connection));
         let Some((found, connection)) = found else {
-            insert_facts(&mut response, None, waited);
+            insert_facts(&mut response, heard, None, waited);
             return response;
         };
         self.caller.acquired(&connection, found);
@@ -160,7 +161,7 @@ impl Errand {
         if let Some(version) = version {
             connection.set_protocol(version);
         }
-        insert_facts(&mut response, Some(found.reused), waited);
+        insert_facts(&mut response, heard, Some(found.reused), waited);
         let extensions = response.extensions_mut();
         extensions.insert(ConnectionRecord(connection));
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
@@ -218,11 +219,17 @@ impl Errand {
     }
 }
 
+/// `heard`: whether anybody hears the pool.
 fn insert_facts(
     response: &mut Response,
+    heard: bool,
     reused: Option<bool>,
     waited: Option<(Duration, WaitOutcome)>,
 ) {
+    if !heard {
+        // The connection's record says as much.
+        return;
+    }
     response.extensions_mut().insert(RequestFacts {
         reused,
         time_in_queue: waited.map(|(took, _)| took),
