@@ -11,12 +11,16 @@
 //! a caller's span, on both sides, sampled at 1 %. Spans are dropped when they end, metrics are on.
 //! Server and client share one runtime with two workers and the loopback.
 //!
+//! Instructions per request, client and server together on one thread, come from callgrind, if
+//! `valgrind` is there: the same program is run with N and with 2 N requests.
+//!
 //! A subscriber changes what `tracing` costs for the whole process, so the pool's layer is there only
 //! while its side runs.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -84,6 +88,8 @@ unsafe impl GlobalAlloc for Counting {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Side {
     Bare,
+    /// A connector layer that does nothing, which reqwest boxes and clones for each request.
+    Empty,
     /// The builder line.
     Line,
     /// And the layer that sees requests.
@@ -131,6 +137,7 @@ impl Bench {
         let builder = reqwest::Client::builder().no_proxy();
         let builder = match side {
             Side::Bare => builder,
+            Side::Empty => builder.connector_layer(tower::layer::util::Identity::new()),
             _ => builder.conntrack(&self.conntrack, "bench").expect("a name"),
         };
         builder.build().expect("the settings are right")
@@ -146,23 +153,25 @@ impl Bench {
             tracing::Dispatch::new(tracing_subscriber::registry().with(layer))
         });
         let runtime = runtime(dispatch.clone());
-        let seconds = runtime.block_on(async {
-            let address = listen(None).await;
-            let client = self.client(side);
-            match side {
-                Side::Bare | Side::Line => self.drive(client, address, load).await,
-                Side::Requests | Side::Pool => {
-                    let requests = self.conntrack.reqwest_requests("bench").expect("a name");
-                    self.drive(requests.layer(client), address, load).await
-                }
-            }
-        });
+        let seconds = runtime.block_on(self.drive_side(side, load));
         drop(runtime);
         if let Some(dispatch) = dispatch {
             drop(dispatch);
             tracing::callsite::rebuild_interest_cache();
         }
         seconds
+    }
+
+    async fn drive_side(&self, side: Side, load: Load) -> [f64; 2] {
+        let address = listen(None).await;
+        let client = self.client(side);
+        match side {
+            Side::Bare | Side::Empty | Side::Line => self.drive(client, address, load).await,
+            Side::Requests | Side::Pool => {
+                let requests = self.conntrack.reqwest_requests("bench").expect("a name");
+                self.drive(requests.layer(client), address, load).await
+            }
+        }
     }
 
     async fn drive<S>(&self, client: S, address: SocketAddr, load: Load) -> [f64; 2]
@@ -348,10 +357,67 @@ fn wake_ups() -> Option<u64> {
     None
 }
 
+const SIDES: [(&str, Side); 5] = [
+    ("bare", Side::Bare),
+    ("empty layer", Side::Empty),
+    ("line", Side::Line),
+    ("requests", Side::Requests),
+    ("pool", Side::Pool),
+];
+
+/// Runs under callgrind: so many requests, one after the other, on one thread.
+fn count(arguments: &[String]) {
+    let [name, requests] = arguments else {
+        panic!("side, requests")
+    };
+    let side = SIDES.iter().find(|(known, _)| known == name);
+    let (_, side) = *side.expect("a side");
+    let bench = Bench::new();
+    let _here = (side == Side::Pool).then(|| {
+        let layer = bench.conntrack.stock_layer().expect("there is none yet");
+        tracing::subscriber::set_default(tracing_subscriber::registry().with(layer))
+    });
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let load = Load {
+        requests: requests.parse().expect("a number"),
+        callers: 1,
+    };
+    runtime.block_on(bench.drive_side(side, load));
+}
+
+fn instructions(requests: u64) {
+    let run = |side: &str, requests: u64| -> Option<u64> {
+        let output = Command::new("valgrind")
+            .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
+            .arg(std::env::current_exe().ok()?)
+            .args(["--count", side, &requests.to_string()])
+            .output()
+            .ok()?;
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        let line = text.lines().find(|line| line.contains("Collected :"))?;
+        line.rsplit(' ').next()?.parse().ok()
+    };
+    print!("instructions per request, both ends:");
+    for (name, _) in SIDES {
+        let once = run(name, requests).zip(run(name, requests * 2));
+        match once {
+            Some((once, twice)) => print!(" {name} {}", twice.saturating_sub(once) / requests),
+            None => print!(" {name} gave no figure (is valgrind there?)"),
+        }
+    }
+    println!();
+}
+
 fn main() {
     // reqwest is built with rustls here, and wants this also where no TLS is spoken.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let arguments: Vec<String> = std::env::args().collect();
+    if let Some(at) = arguments.iter().position(|argument| argument == "--count") {
+        return count(&arguments[at + 1..]);
+    }
     // `cargo test --benches` and `cargo bench` both run this; only the latter wants figures.
     let quick =
         arguments.iter().any(|a| a == "--quick") || !arguments.iter().any(|a| a == "--bench");
@@ -366,6 +432,14 @@ fn main() {
     };
     let bench = Bench::new();
     println!("reqwest, keep-alive, {} callers:", load.callers);
+    compare(
+        "an empty connector layer",
+        &bench,
+        Side::Empty,
+        load,
+        rounds,
+        0.0,
+    );
     compare("the builder line", &bench, Side::Line, load, rounds, 0.0);
     compare(
         "and the layer that sees requests",
@@ -392,6 +466,7 @@ fn main() {
         "memory per open connection: bare {bare:.0} bytes, tracked {tracked:.0}: {:+.0}, bar +1024",
         tracked - bare
     );
+    instructions(if quick { 200 } else { 1_000 });
     match idle(&bench) {
         Some(wake_ups) => println!("the close watch at rest: {wake_ups} wake-ups in 1 s, bar 0"),
         None => println!("the close watch has no thread here"),

@@ -72,7 +72,14 @@ impl StreamsOf {
         streams: None,
     };
 
-    #[cfg_attr(not(feature = "hyper"), allow(unused_variables, clippy::unused_self))]
+    #[cfg_attr(
+        not(feature = "hyper"),
+        allow(
+            unused_variables,
+            clippy::unused_self,
+            clippy::needless_pass_by_ref_mut
+        )
+    )]
     fn read(&mut self, bytes: &[u8]) {
         #[cfg(feature = "hyper")]
         if let Some(streams) = &mut self.streams {
@@ -80,7 +87,14 @@ impl StreamsOf {
         }
     }
 
-    #[cfg_attr(not(feature = "hyper"), allow(unused_variables, clippy::unused_self))]
+    #[cfg_attr(
+        not(feature = "hyper"),
+        allow(
+            unused_variables,
+            clippy::unused_self,
+            clippy::needless_pass_by_ref_mut
+        )
+    )]
     fn wrote(&mut self, bytes: &[IoSlice<'_>], written: &Poll<io::Result<usize>>) {
         #[cfg(feature = "hyper")]
         if let Some(streams) = &mut self.streams

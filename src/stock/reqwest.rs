@@ -145,17 +145,28 @@ impl<S> Layer<S> for ReqwestLayer {
 
     fn layer(&self, inner: S) -> ReqwestConnector<S> {
         ReqwestConnector {
-            inner,
+            inner: Arc::new(inner),
             shared: self.shared.clone(),
         }
     }
 }
 
 /// The connector under a [`ReqwestLayer`].
-#[derive(Clone)]
+///
+/// hyper-util clones its connector for each request, and reqwest's own is dear to clone. So it is
+/// cloned when it is called, and made ready then.
 pub struct ReqwestConnector<S> {
-    inner: S,
+    inner: Arc<S>,
     shared: Arc<Shared>,
+}
+
+impl<S> Clone for ReqwestConnector<S> {
+    fn clone(&self) -> Self {
+        Self {
+            inner: self.inner.clone(),
+            shared: self.shared.clone(),
+        }
+    }
 }
 
 impl<S> fmt::Debug for ReqwestConnector<S> {
@@ -168,17 +179,17 @@ impl<S> fmt::Debug for ReqwestConnector<S> {
 
 impl<S, R> Service<R> for ReqwestConnector<S>
 where
-    S: Service<R>,
+    S: Service<R> + Clone,
     S::Response: Connection,
     S::Error: Into<BoxError>,
     R: fmt::Debug,
 {
     type Response = S::Response;
     type Error = BoxError;
-    type Future = ReqwestConnecting<S::Future>;
+    type Future = ReqwestConnecting<S, R, S::Future>;
 
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
-        self.inner.poll_ready(cx).map_err(Into::into)
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, request: R) -> Self::Future {
@@ -196,8 +207,11 @@ where
                 shared: self.shared.clone(),
             }
         });
-        let inner = self.inner.call(request);
-        ReqwestConnecting { inner, tracking }
+        ReqwestConnecting {
+            asked: Some((S::clone(&self.inner), request)),
+            connecting: None,
+            tracking,
+        }
     }
 }
 
@@ -222,14 +236,16 @@ pin_project! {
     /// A connect under a [`ReqwestLayer`].
     ///
     /// Cancel-safe: dropped before it is done, it counts as cancelled.
-    pub struct ReqwestConnecting<F> {
+    pub struct ReqwestConnecting<S, R, F> {
+        // Until the connector is ready.
+        asked: Option<(S, R)>,
         #[pin]
-        inner: F,
+        connecting: Option<F>,
         // None for a telemetry exporter's, and once it is done.
         tracking: Option<Tracking>,
     }
 
-    impl<F> PinnedDrop for ReqwestConnecting<F> {
+    impl<S, R, F> PinnedDrop for ReqwestConnecting<S, R, F> {
         fn drop(this: Pin<&mut Self>) {
             let this = this.project();
             let took = |tracking: &Tracking| tracking.set_up.attempt().connection().elapsed();
@@ -242,15 +258,38 @@ pin_project! {
     }
 }
 
-impl<F> fmt::Debug for ReqwestConnecting<F> {
+impl<S, R, F> fmt::Debug for ReqwestConnecting<S, R, F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ReqwestConnecting").finish_non_exhaustive()
     }
 }
 
-impl<F, C, E> Future for ReqwestConnecting<F>
+impl<S, R, C, E> ReqwestConnecting<S, R, S::Future>
 where
-    F: Future<Output = Result<C, E>>,
+    S: Service<R, Response = C, Error = E>,
+{
+    /// Polls the connector, and then its future.
+    fn poll_inner(
+        asked: &mut Option<(S, R)>,
+        mut connecting: Pin<&mut Option<S::Future>>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<C, E>> {
+        if let Some((connector, _)) = asked {
+            ready!(connector.poll_ready(cx))?;
+            if let Some((mut connector, request)) = asked.take() {
+                connecting.set(Some(connector.call(request)));
+            }
+        }
+        match connecting.as_pin_mut() {
+            Some(connecting) => connecting.poll(cx),
+            None => Poll::Pending,
+        }
+    }
+}
+
+impl<S, R, C, E> Future for ReqwestConnecting<S, R, S::Future>
+where
+    S: Service<R, Response = C, Error = E>,
     C: Connection,
     E: Into<BoxError>,
 {
@@ -258,10 +297,12 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let inner = this.inner;
+        let (asked, connecting) = (this.asked, this.connecting);
         let polled = match this.tracking {
-            Some(tracking) => tracking.set_up.watch(|| inner.poll(cx)),
-            None => inner.poll(cx),
+            Some(tracking) => tracking
+                .set_up
+                .watch(|| Self::poll_inner(asked, connecting, cx)),
+            None => Self::poll_inner(asked, connecting, cx),
         };
         let connected = ready!(polled).map_err(Into::into);
         if let Some(tracking) = this.tracking.take() {
