@@ -42,6 +42,12 @@ struct Ours {
     _conntrack: Conntrack,
 }
 
+/// A plain client's builder.
+fn plain() -> reqwest::ClientBuilder {
+    tls::install();
+    reqwest::Client::builder().no_proxy()
+}
+
 /// Far longer than anything takes that comes at all.
 const LONG: Duration = Duration::from_secs(60);
 

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use otel_conntrack::{FrontErrorKind, HttpVersions};
-use reqwest::{Client, Version};
+use reqwest::Version;
 use rustls::ClientConfig;
 
 use super::hostile::{Behaviour, Certificate, Command, Hostile, roots};
@@ -30,7 +30,7 @@ async fn a_secret_that_was_left_behind_stays_there() {
         headers.into_iter().fold(request, add)
     };
 
-    let plain = Client::builder().no_proxy().build().unwrap();
+    let plain = crate::plain().build().unwrap();
     with(plain.get(&url)).send().await.unwrap();
     let asked = other.asked();
     assert!(!asked[0].contains("secret"), "{asked:?}");
@@ -59,7 +59,7 @@ async fn a_slow_caller_is_no_slow_server() {
     assert_eq!(read_late(response, &server).await.unwrap(), length);
     ours.settled().await;
 
-    let plain = Client::builder().no_proxy().read_timeout(LONG);
+    let plain = crate::plain().read_timeout(LONG);
     let plain = plain.build().unwrap();
     let response = plain.get(server.uri("/hold-body")).send().await.unwrap();
     let came = read_late(response, &server).await;

@@ -107,7 +107,7 @@ pub(crate) async fn same(name: &str, (plain, front): (Plain, Front), asks: &[Ask
     let mut last = None;
     for versions in [HttpVersions::Auto, HttpVersions::Http2] {
         let h2 = versions == HttpVersions::Http2;
-        let builder = Client::builder().no_proxy();
+        let builder = crate::plain();
         let builder = if h2 {
             builder.http2_prior_knowledge()
         } else {

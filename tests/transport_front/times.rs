@@ -5,7 +5,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use otel_conntrack::HttpVersions;
-use reqwest::{Client, Response};
+use reqwest::Response;
 
 use super::same::{Ask, Came, Front, Plain, both, our_word, same, status, word};
 use super::site::Site;
@@ -19,7 +19,7 @@ async fn runs_out(name: &str, (plain, front): (Plain, Front), ask: Ask, stuck: b
         .into_iter()
         .enumerate()
     {
-        let builder = Client::builder().no_proxy();
+        let builder = crate::plain();
         let builder = match versions {
             HttpVersions::Http2 => builder.http2_prior_knowledge(),
             _ => builder,
