@@ -35,6 +35,7 @@
 pub(crate) mod close_watch;
 pub(crate) mod connection;
 pub(crate) mod handle;
+pub(crate) mod outbox;
 pub(crate) mod pool;
 pub(crate) mod recorder;
 pub(crate) mod scope;

@@ -14,8 +14,7 @@
 //! an observer may cause further transitions, in the same scope too, without deadlock or
 //! recursion.
 
-use std::collections::{HashMap, VecDeque};
-use std::mem;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
@@ -25,15 +24,12 @@ use crate::event::{
     ConnectionState, Direction, FailureReason, IoLayer, ProtocolVersion, RejectReason, Target,
 };
 use crate::observer::{Composed, Observer};
+use crate::record::outbox::Outbox;
 use crate::record::stats::{Drops, HostStats, ScopeStats};
 use crate::record::{Connection, lock};
 
 /// How many hosts get a label set of their own per name; the rest is summed in `_other`.
 pub(crate) const HOSTS_PER_NAME: usize = 200;
-/// How many events may wait for a slow observer per scope before they are dropped and counted.
-const PENDING: usize = 65_536;
-/// A larger event buffer than this is given back after the storm that made it.
-const KEPT: usize = 1_024;
 /// Into how many shards a scope is split.
 const SHARDS: usize = 32;
 
@@ -87,8 +83,7 @@ struct State {
     index: HashMap<(Target, IoLayer), HostSlot>,
     /// The slots of `_other`: what is HTTP and what isn't, on either layer, is summed apart.
     others: HashMap<(bool, IoLayer), HostSlot>,
-    pending: VecDeque<ConnectionEvent>,
-    draining: bool,
+    pending: Outbox<ConnectionEvent>,
 }
 
 /// One host's place in a scope.
@@ -180,8 +175,7 @@ impl Scope {
                 hosts: vec![Host::new(None, IoLayer::Wire, false)],
                 index: HashMap::new(),
                 others: HashMap::new(),
-                pending: VecDeque::new(),
-                draining: false,
+                pending: Outbox::new(),
             }),
             shards: (0..SHARDS).map(|_| Padded::default()).collect(),
             observers,
@@ -275,33 +269,12 @@ impl Scope {
 
     /// Delivers what waits, unless another thread is at it already.
     fn drain(&self) {
-        let mut batch = VecDeque::new();
-        let mut drainer = false;
-        loop {
-            {
-                let mut state = lock(&self.state);
-                if !drainer {
-                    if state.draining {
-                        // That thread looks again before it stops, so our events are delivered.
-                        return;
-                    }
-                    state.draining = true;
-                    drainer = true;
-                }
-                if state.pending.is_empty() {
-                    state.draining = false;
-                    return;
-                }
-                mem::swap(&mut state.pending, &mut batch);
-            }
-            // `Composed` catches panics, so `draining` can't stay set because of one.
-            for event in batch.drain(..) {
-                self.observers.on_connection_event(&event);
-            }
-            if batch.capacity() > KEPT {
-                batch = VecDeque::new();
-            }
-        }
+        Outbox::drain(
+            &self.state,
+            |state| &mut state.pending,
+            // `Composed` catches panics.
+            |event| self.observers.on_connection_event(&event),
+        );
     }
 
     /// The slot of a host, learned on first sight. Beyond [`HOSTS_PER_NAME`] it is `_other`.
@@ -458,11 +431,11 @@ impl Transition<'_> {
         if !self.scope.observed() {
             return;
         }
-        if self.state.pending.len() >= PENDING {
+        if self.state.pending.room() == 0 {
             self.scope.drops.events(1);
             return;
         }
-        self.state.pending.push_back(ConnectionEvent {
+        self.state.pending.push(ConnectionEvent {
             time: time(),
             sequence: self.state.sequence,
             direction: self.scope.direction,

@@ -31,6 +31,7 @@ use tokio::time::Instant;
 use crate::event::{CloseReason, PoolEvent, PoolEventKind, PoolSnapshot, RequestId, WaitOutcome};
 use crate::observer::{Composed, Observer, shielded};
 use crate::outbound::dialer::Dialer;
+use crate::record::outbox::Outbox;
 use crate::record::pool::{Now, PoolSource, PoolStats, Wait};
 use crate::record::timeline::Moment;
 use crate::record::{Connection, Recorder, Scope, lock};
@@ -45,9 +46,6 @@ use crate::transport::pool::{
     WaiterIx,
 };
 use crate::transport::proxy::Route;
-
-/// How many events may wait for a slow observer before they are dropped and counted.
-const PENDING: usize = 65_536;
 
 /// A request's own observers, in order.
 pub(crate) type RequestObservers = Arc<[Arc<dyn Observer>]>;
@@ -88,8 +86,7 @@ struct State {
     hooks: HashMap<RequestId, RequestObservers>,
     /// The pool's buffer in turns, so that neither is allocated anew.
     outputs: Outputs,
-    pending: VecDeque<(PoolEvent, Option<RequestObservers>)>,
-    draining: bool,
+    pending: Outbox<(PoolEvent, Option<RequestObservers>)>,
     /// Somebody listens to all events.
     observed: bool,
 }
@@ -181,8 +178,7 @@ impl Shell {
                 cells: Slab::new(),
                 hooks: HashMap::new(),
                 outputs: Outputs::new(),
-                pending: VecDeque::new(),
-                draining: false,
+                pending: Outbox::new(),
                 observed,
             }),
             settings,
@@ -586,7 +582,7 @@ impl Shell {
         }
         state.outputs = outputs;
         if tells {
-            let room = PENDING.saturating_sub(state.pending.len());
+            let room = state.pending.room();
             let mut lost = 0;
             for (n, event) in state.pool.drain_events().enumerate() {
                 let hooks = match (event.request, &event.kind) {
@@ -602,7 +598,7 @@ impl Shell {
                     unheard.extend(hooks);
                     continue;
                 }
-                state.pending.push_back((event, hooks));
+                state.pending.push((event, hooks));
             }
             if lost > 0 {
                 self.recorder.drops().events(lost);
@@ -680,25 +676,10 @@ impl Shell {
 
     /// Delivers what waits to be told, unless another thread is at it already.
     fn drain(&self) {
-        let mut batch = VecDeque::new();
-        let mut drainer = false;
-        loop {
-            {
-                let mut state = self.lock();
-                if !drainer {
-                    if state.draining {
-                        return;
-                    }
-                    state.draining = true;
-                    drainer = true;
-                }
-                if state.pending.is_empty() {
-                    state.draining = false;
-                    return;
-                }
-                mem::swap(&mut state.pending, &mut batch);
-            }
-            for (mut event, hooks) in batch.drain(..) {
+        Outbox::drain(
+            &self.state,
+            |state| &mut state.pending,
+            |(mut event, hooks)| {
                 if let PoolEventKind::MaxConnsPerHostHit { snapshot, .. }
                 | PoolEventKind::MaxIdleConnsHit { snapshot, .. }
                 | PoolEventKind::MaxIdleConnsPerHostHit { snapshot, .. } = &mut event.kind
@@ -717,11 +698,8 @@ impl Shell {
                 if shielded(|| drop(hooks)).is_none() {
                     self.recorder.drops().observer_panics(1);
                 }
-            }
-            if batch.capacity() > 1_024 {
-                batch = VecDeque::new();
-            }
-        }
+            },
+        );
     }
 
     fn ask_the_kernel(&self, snapshot: &mut PoolSnapshot) {

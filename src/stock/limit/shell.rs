@@ -6,7 +6,6 @@
 //!
 //! Lock order: the shell's state, then its scope's (which nobody else has), then nothing.
 
-use std::collections::VecDeque;
 use std::future::Future;
 use std::mem;
 use std::pin::Pin;
@@ -23,11 +22,9 @@ use super::machine::{Asker, Entered, Limits, Machine, PlaceIx, WaiterIx};
 use crate::event::{IoLayer, PoolEvent, WaitOutcome};
 use crate::observer::Observer;
 use crate::outbound::caller::Caller;
+use crate::record::outbox::Outbox;
 use crate::record::pool::{Now, PoolKind, PoolLimits, PoolSource, PoolStats, Wait, Waited};
 use crate::record::{Recorder, Scope, lock};
-
-/// How many events may wait for a slow observer before they are dropped and counted.
-const PENDING: usize = 65_536;
 
 /// A limit's inside.
 pub(super) struct Shell {
@@ -43,8 +40,7 @@ struct State {
     keys: Keys,
     /// Of requests that wait.
     cells: Slab<Cell>,
-    pending: VecDeque<PoolEvent>,
-    draining: bool,
+    pending: Outbox<PoolEvent>,
 }
 
 /// Where a waiting request finds what it waits for.
@@ -78,8 +74,7 @@ impl Shell {
                 machine,
                 keys: Keys::default(),
                 cells: Slab::new(),
-                pending: VecDeque::new(),
-                draining: false,
+                pending: Outbox::new(),
             }),
         });
         let source: Arc<dyn PoolSource> = shell.clone();
@@ -234,9 +229,11 @@ impl Shell {
         let state = &mut *guard;
         let tells = state.machine.has_events();
         if tells {
-            let room = PENDING.saturating_sub(state.pending.len());
+            let room = state.pending.room();
             let mut events = state.machine.drain_events();
-            state.pending.extend(events.by_ref().take(room));
+            for event in events.by_ref().take(room) {
+                state.pending.push(event);
+            }
             let lost = events.count() as u64;
             if lost > 0 {
                 self.recorder.drops().events(lost);
@@ -253,33 +250,12 @@ impl Shell {
 
     /// Delivers what waits to be told, unless another thread is at it already.
     fn drain(&self) {
-        let mut batch = VecDeque::new();
-        let mut drainer = false;
-        loop {
-            {
-                let mut state = self.lock();
-                if !drainer {
-                    if state.draining {
-                        // That thread looks again before it stops, so our events are delivered.
-                        return;
-                    }
-                    state.draining = true;
-                    drainer = true;
-                }
-                if state.pending.is_empty() {
-                    state.draining = false;
-                    return;
-                }
-                mem::swap(&mut state.pending, &mut batch);
-            }
-            // `Composed` catches panics, so `draining` can't stay set because of one.
-            for event in batch.drain(..) {
-                self.scope.observers().on_pool_event(&event);
-            }
-            if batch.capacity() > 1_024 {
-                batch = VecDeque::new();
-            }
-        }
+        Outbox::drain(
+            &self.state,
+            |state| &mut state.pending,
+            // `Composed` catches panics.
+            |event| self.scope.observers().on_pool_event(&event),
+        );
     }
 }
 
