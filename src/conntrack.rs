@@ -219,7 +219,7 @@ impl Conntrack {
         let scope = self.recorder.declared(Direction::Inbound, name);
         Ok(TrackedIo::new(
             io,
-            self.recorder.accepted(&scope, local, peer),
+            self.recorder.accepted(&scope, local, peer, None),
         ))
     }
 

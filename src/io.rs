@@ -57,6 +57,8 @@ pin_project! {
         // a pool.
         place: Option<Place>,
         streams: StreamsOf,
+        // What passes here moves the connection's state: a server speaks HTTP on it.
+        fed: bool,
     }
 }
 
@@ -129,7 +131,15 @@ impl<T> TrackedIo<T> {
             guard,
             place: None,
             streams: StreamsOf::NONE,
+            fed: false,
         }
+    }
+
+    /// What passes here moves the connection's state.
+    #[cfg(feature = "net")]
+    pub(crate) const fn with_states(mut self, on: bool) -> Self {
+        self.fed = on;
+        self
     }
 
     /// Requests are seen as the HTTP/2 streams of what passes here in plaintext.
@@ -206,6 +216,7 @@ impl<T> TrackedIo<T> {
             guard: self.guard,
             place: self.place,
             streams: self.streams,
+            fed: self.fed,
         }
     }
 }
@@ -256,6 +267,9 @@ impl<T: AsyncRead> AsyncRead for TrackedIo<T> {
                 if !bytes.is_empty() {
                     this.guard.read(bytes.len());
                     this.streams.read(bytes);
+                    if *this.fed {
+                        this.guard.connection().bytes_seen(bytes);
+                    }
                 } else if room > 0 {
                     this.guard.end_of_stream();
                 }
@@ -283,7 +297,11 @@ impl<T: AsyncWrite> AsyncWrite for TrackedIo<T> {
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.project();
-        note_done(this.guard, this.io.poll_flush(cx))
+        let flushed = this.io.poll_flush(cx);
+        if *this.fed && matches!(flushed, Poll::Ready(Ok(()))) {
+            this.guard.connection().flushed();
+        }
+        note_done(this.guard, flushed)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -286,6 +286,22 @@ impl Composed {
         self.observers.is_empty()
     }
 
+    /// These and one more; what was counted of the panics so far stays.
+    pub(crate) fn and(&self, observer: Arc<dyn Observer>) -> Self {
+        let mut observers = self.observers.to_vec();
+        observers.push(observer);
+        let more = Self::new(observers);
+        for (more, so_far) in more.most.iter().zip(&*self.most) {
+            for (more, so_far) in more.iter().zip(so_far) {
+                more.store(so_far.load(Ordering::Relaxed), Ordering::Relaxed);
+            }
+        }
+        Self {
+            panics: self.panics.clone(),
+            ..more
+        }
+    }
+
     /// How often one of them panicked, or one that these caught.
     pub fn panics(&self) -> u64 {
         self.panics.load(Ordering::Relaxed) + self.sum(1, Observer::panics)

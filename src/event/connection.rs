@@ -67,6 +67,8 @@ pub struct ConnectionEvent {
     /// The connection; none for [`AcceptError`](ConnectionEventKind::AcceptError) and
     /// [`Rejected`](ConnectionEventKind::Rejected), which have none.
     pub connection: Option<ConnectionId>,
+    /// The client of an accepted connection, where it can be told; else none.
+    pub peer: Option<Endpoint>,
     /// What happened.
     pub kind: ConnectionEventKind,
 }

@@ -75,10 +75,16 @@ pub enum ConnectionState {
     Connecting,
     /// Usable, and nobody shows us the requests on it.
     Open,
-    /// At least one request that we see is running on it.
+    /// Accepted by a server of HTTP, and nothing of a request was read yet (Go: `StateNew`).
+    New,
+    /// At least one request that we see is running on it; of an HTTP server's connection, a request
+    /// is being read, answered or written (Go: `StateActive`).
     Active,
     /// Its requests are visible and none is running.
     Idle,
+    /// It was upgraded, or became a tunnel: it is not HTTP any more, and open until its socket is closed
+    /// (Go: `StateHijacked`, after which Go knows nothing of it).
+    Hijacked,
     /// Its socket is closed, or the attempt failed.
     Closed,
 }
@@ -89,8 +95,10 @@ impl ConnectionState {
         match self {
             Self::Connecting => "connecting",
             Self::Open => "open",
+            Self::New => "new",
             Self::Active => "active",
             Self::Idle => "idle",
+            Self::Hijacked => "hijacked",
             Self::Closed => "closed",
         }
     }
@@ -99,8 +107,10 @@ impl ConnectionState {
         match value {
             0 => Self::Connecting,
             1 => Self::Open,
-            2 => Self::Active,
-            3 => Self::Idle,
+            2 => Self::New,
+            3 => Self::Active,
+            4 => Self::Idle,
+            5 => Self::Hijacked,
             _ => Self::Closed,
         }
     }
@@ -186,6 +196,12 @@ pub struct ConnectionId {
 }
 
 impl ConnectionId {
+    /// An id of these parts: to feed a [`StateTracker`](crate::StateTracker) or an observer of your own
+    /// in its tests.
+    pub const fn from_parts(instance: u32, number: u64) -> Self {
+        Self { instance, number }
+    }
+
     /// The part that counts up within one `Conntrack`, from 1.
     pub const fn number(self) -> u64 {
         self.number

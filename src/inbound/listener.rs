@@ -379,7 +379,7 @@ impl<L: Accept> Listener<L> {
 
     fn track(&self, io: L::Io, place: Option<OwnedSemaphorePermit>) -> TrackedIo<L::Io> {
         let (local, peer) = (io.local_endpoint(), io.peer_endpoint());
-        let guard = self.recorder.accepted(&self.scope, local, peer);
+        let guard = self.recorder.accepted(&self.scope, local, peer, None);
         TrackedIo::new(io, guard).with_permit(place).over(|io| io)
     }
 

@@ -7,7 +7,7 @@
 //! written only under the lock of the connection's shard, and read with relaxed order outside of
 //! it: a reader that needs them to agree uses [`snapshot`](Connection::snapshot).
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -17,6 +17,7 @@ use crate::event::{
 };
 use crate::record::scope::{HostSlot, Shard};
 use crate::record::socket_slot::SocketSlot;
+use crate::record::states::{Changes, Facts, Input, States};
 use crate::record::stats::ConnectionSnapshot;
 use crate::record::timeline::{Moment, Timeline};
 use crate::record::{Scope, lock};
@@ -58,6 +59,8 @@ pub(crate) struct Connection {
     expired: AtomicBool,
     state: AtomicU8,
     protocol: AtomicU8,
+    /// What the machine of states knows of a server's connection.
+    facts: AtomicU16,
     in_flight: AtomicU32,
     requests: AtomicU64,
     /// Nanoseconds after `started` plus one; zero while not idle.
@@ -153,6 +156,7 @@ impl Connection {
             expired: AtomicBool::new(false),
             state: AtomicU8::new(ConnectionState::Connecting as u8),
             protocol: AtomicU8::new(0),
+            facts: AtomicU16::new(0),
             in_flight: AtomicU32::new(0),
             requests: AtomicU64::new(0),
             idle_since: AtomicU64::new(0),
@@ -240,10 +244,11 @@ impl Connection {
         )
     }
 
-    /// One writer at a time: no read-modify-write is needed. The same below.
-    pub(crate) fn add_read(&self, bytes: u64) {
-        self.bytes_read
-            .store(self.bytes_read.load(Relaxed) + bytes, Relaxed);
+    /// One writer at a time: no read-modify-write is needed. The same below. True for the first bytes.
+    pub(crate) fn add_read(&self, bytes: u64) -> bool {
+        let before = self.bytes_read.load(Relaxed);
+        self.bytes_read.store(before + bytes, Relaxed);
+        before == 0
     }
 
     pub(crate) fn add_written(&self, bytes: u64) {
@@ -268,6 +273,12 @@ impl Connection {
 
     pub(crate) fn last_tcp(&self) -> Option<TcpInfo> {
         self.last_tcp.get().map(|tcp| **tcp)
+    }
+
+    /// Whom it was accepted from, where that can be told.
+    pub(crate) fn accepted_from(&self) -> Option<Endpoint> {
+        let ends = self.ends.get().filter(|_| self.target.is_none())?;
+        ends.peer.clone()
     }
 
     pub(crate) fn idle_for(&self, now: Duration) -> Option<Duration> {
@@ -348,6 +359,19 @@ impl Connection {
         Ok(phases.len() - 1)
     }
 
+    /// The server's name of a TLS handshake became known.
+    pub(crate) fn phase_named(&self, started: &mut Result<usize, Phase>, name: &Arc<str>) {
+        let rename = |phase: &mut Phase| {
+            if let PhaseKind::Tls { server_name } = &mut phase.kind {
+                *server_name = name.clone();
+            }
+        };
+        match started {
+            Ok(index) => lock(&self.phases).get_mut(*index).map_or((), rename),
+            Err(phase) => rename(phase),
+        }
+    }
+
     /// Ends a phase; gives back what it was and how long it took.
     pub(crate) fn phase_end(
         &self,
@@ -411,6 +435,18 @@ impl Connection {
         }
     }
 
+    /// It was in this state before anybody knew that its moments are kept.
+    pub(crate) fn timeline_begins_with(&self, state: ConnectionState) {
+        if self.keeps_timeline()
+            && let Some(ends) = self.ends.get()
+        {
+            let mut timeline = lock(&self.timeline);
+            if timeline.is_empty() {
+                timeline.push(ends.usable_at, Moment::State(state));
+            }
+        }
+    }
+
     pub(crate) fn timeline(&self) -> Timeline {
         lock(&self.timeline).clone()
     }
@@ -451,7 +487,7 @@ impl Connection {
                 )
             };
             t.emit(
-                Some(self.id),
+                Some(self),
                 || self.now_wall(),
                 || {
                     let (local, peer) = ends();
@@ -468,7 +504,7 @@ impl Connection {
             if to == ConnectionState::Idle {
                 // Open to idle is a change of its own, so that events alone tell the gauges.
                 t.emit(
-                    Some(self.id),
+                    Some(self),
                     || self.now_wall(),
                     || ConnectionEventKind::StateChanged {
                         from: ConnectionState::Open,
@@ -487,7 +523,7 @@ impl Connection {
             counts.failed[reason.index()] += 1;
             self.state.store(ConnectionState::Closed as u8, Relaxed);
             t.emit(
-                Some(self.id),
+                Some(self),
                 || self.wall(elapsed),
                 || ConnectionEventKind::SetupFailed { reason, elapsed },
             );
@@ -496,61 +532,120 @@ impl Connection {
 
     /// A request has the connection.
     pub(crate) fn request_started(&self) -> Acquired {
+        self.called(false, false)
+    }
+
+    /// The same, of a request that a server was handed. `last`: it says that no other follows.
+    pub(crate) fn called(&self, http2: bool, last: bool) -> Acquired {
         self.change(|shard| {
             let number = self.requests.load(Relaxed) + 1;
             self.requests.store(number, Relaxed);
             shard.requests += 1;
-            let running = self.in_flight.load(Relaxed) + 1;
-            self.in_flight.store(running, Relaxed);
-            let (was, idle_since) = (self.state(), self.idle_since.load(Relaxed));
-            let starts =
-                running == 1 && matches!(was, ConnectionState::Open | ConnectionState::Idle);
-            if starts {
-                self.idle_since.store(0, Relaxed);
-            }
             let found = Acquired {
                 reused: number > 1,
-                was_idle: was == ConnectionState::Idle,
-                idle_since,
+                was_idle: self.state() == ConnectionState::Idle,
+                idle_since: self.idle_since.load(Relaxed),
             };
-            (found, starts.then_some(ConnectionState::Active))
+            (found, self.step(Input::Call { http2, last }))
         })
     }
 
     pub(crate) fn request_finished(&self) {
-        self.change(|_| {
-            let running = self.in_flight.load(Relaxed).saturating_sub(1);
-            self.in_flight.store(running, Relaxed);
-            // A connection may be closed before its request is over: then there is nothing to
-            // change but the number of requests in flight.
-            let ends = running == 0 && self.state() == ConnectionState::Active;
-            if ends {
-                self.idle_since.store(self.nanos(self.elapsed()), Relaxed);
-            }
-            ((), ends.then_some(ConnectionState::Idle))
+        let orphan = self.change(|_| {
+            // A connection may be closed before its request is over: then there is nothing to change
+            // but the number of requests in flight.
+            let orphan = self.state() == ConnectionState::Closed && self.in_flight() > 0;
+            (orphan, self.step(Input::Over))
         });
+        if orphan {
+            self.scope.orphan_ended();
+        }
     }
 
-    /// Changes what requests change, and the state if `what` says so: under the shard's lock, and
-    /// as a transition of the scope if somebody observes it.
-    fn change<R>(&self, what: impl FnOnce(&mut Shard) -> (R, Option<ConnectionState>)) -> R {
-        let change = || {
+    // === what a server's connection shows ===
+
+    /// A server speaks HTTP on it, so its bytes and flushes are shown to us. Before it is used.
+    /// `maybe_tls`: they may be ciphertext.
+    pub(crate) fn serves_http(&self, maybe_tls: bool) {
+        self.facts.store(Facts::served(maybe_tls).0, Relaxed);
+    }
+
+    fn facts(&self) -> Facts {
+        Facts(self.facts.load(Relaxed))
+    }
+
+    /// This was read from it.
+    pub(crate) fn bytes_seen(&self, bytes: &[u8]) {
+        // One task reads and writes, so what is passed over here can't be different by now.
+        if self.facts().heeds_bytes(self.state()) {
+            self.change(|_| ((), self.step(Input::Bytes(bytes))));
+        }
+    }
+
+    /// All that was written is out.
+    pub(crate) fn flushed(&self) {
+        if self.facts().heeds_flush() {
+            self.change(|_| ((), self.step(Input::Flushed)));
+        }
+    }
+
+    /// A response says that no other request is taken.
+    pub(crate) fn last_response(&self) {
+        if self.facts().heeds_last() {
+            self.change(|_| ((), self.step(Input::Last)));
+        }
+    }
+
+    /// It changes hands: it was upgraded, or is a tunnel from now on.
+    pub(crate) fn hijacked(&self) {
+        self.change(|_| ((), self.step(Input::Hijack)));
+    }
+
+    /// A request was begun to be read, and not handed over yet.
+    pub(crate) fn reads_head(&self) -> bool {
+        self.facts().reads_head(self.state(), self.in_flight())
+    }
+
+    /// Takes a step of the machine of states; the caller carries the changes out, under the same lock.
+    fn step(&self, input: Input<'_>) -> Changes {
+        let mut states = States {
+            state: self.state(),
+            running: self.in_flight(),
+            facts: self.facts(),
+        };
+        let changes = states.on(input);
+        self.in_flight.store(states.running, Relaxed);
+        self.facts.store(states.facts.0, Relaxed);
+        if changes[0].is_some() {
+            let idle_since = match states.state {
+                ConnectionState::Idle => self.nanos(self.elapsed()),
+                _ => 0,
+            };
+            self.idle_since.store(idle_since, Relaxed);
+        }
+        changes
+    }
+
+    /// Changes what requests and bytes change, and the state if `what` says so: under the shard's lock,
+    /// and as a transition of the scope if somebody observes it.
+    fn change<R>(&self, what: impl FnOnce(&mut Shard) -> (R, Changes)) -> R {
+        if !self.scope.observed() {
             let mut shard = self.scope.shard(self.id);
-            let (result, to) = what(&mut shard);
-            let changed = to.map(|to| (self.move_to(&mut shard, to), to));
-            if let Some((_, to)) = changed {
+            let (result, changes) = what(&mut shard);
+            for to in changes.into_iter().flatten() {
+                self.move_to(&mut shard, to);
                 self.moment(Moment::State(to));
             }
-            (result, changed)
-        };
-        if !self.scope.observed() {
-            return change().0;
+            return result;
         }
         self.scope.transition(|t| {
-            let (result, changed) = change();
-            if let Some((from, to)) = changed {
+            let mut shard = self.scope.shard(self.id);
+            let (result, changes) = what(&mut shard);
+            for to in changes.into_iter().flatten() {
+                let from = self.move_to(&mut shard, to);
+                self.moment(Moment::State(to));
                 t.emit(
-                    Some(self.id),
+                    Some(self),
                     || self.now_wall(),
                     || ConnectionEventKind::StateChanged { from, to },
                 );
@@ -568,6 +663,7 @@ impl Connection {
             from,
             to,
         );
+        shard.shift_accepted(self.id, from, to);
         from
     }
 
@@ -624,11 +720,13 @@ impl Connection {
             };
             let mut shard = self.scope.shard(self.id);
             let from = self.move_to(&mut shard, ConnectionState::Closed);
+            let in_flight = self.in_flight();
+            self.scope.orphaned(in_flight);
             let close = Close {
                 at,
                 reason,
                 initiator,
-                with_active_requests: self.in_flight.load(Relaxed) > 0,
+                with_active_requests: in_flight > 0,
                 idle: if from == ConnectionState::Idle {
                     self.idle_for(at)
                 } else {
@@ -642,7 +740,7 @@ impl Connection {
             counts.closed[reason.index()] += 1;
             *t.open(self.host_slot) -= 1;
             t.emit(
-                Some(self.id),
+                Some(self),
                 || self.wall(at),
                 || ConnectionEventKind::Closed {
                     reason,

@@ -53,7 +53,9 @@ impl ConnectionGuard {
         reason = "it is what makes one writer"
     )]
     pub(crate) fn read(&mut self, bytes: usize) {
-        self.connection.add_read(bytes as u64);
+        if self.connection.add_read(bytes as u64) {
+            self.recorder.first_bytes(&self.connection);
+        }
     }
 
     #[expect(

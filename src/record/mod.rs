@@ -40,6 +40,7 @@ pub(crate) mod pool;
 pub(crate) mod recorder;
 pub(crate) mod scope;
 pub(crate) mod socket_slot;
+pub(crate) mod states;
 pub(crate) mod stats;
 pub(crate) mod tcp_info;
 pub(crate) mod timeline;

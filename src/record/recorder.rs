@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::time::{Duration, SystemTime};
 
 use crate::event::{
-    AcceptErrorReason, ConnectionEventKind, ConnectionId, ConnectionState, Direction, Endpoint,
-    FailureReason, IoLayer, RejectReason, Target,
+    AcceptErrorReason, CloseReason, ConnectionEventKind, ConnectionId, ConnectionState, Direction,
+    Endpoint, FailureReason, Initiator, IoLayer, RejectReason, Target, TlsFacts,
 };
 use crate::observer::{Composed, Observer, shielded};
 use crate::record::close_watch::CloseWatch;
@@ -38,6 +38,9 @@ pub(crate) trait Sink: Send + Sync {
         phases: &[Phase],
         outcome: Result<(), FailureReason>,
     );
+
+    /// The first bytes came on an accepted connection.
+    fn first_bytes(&self, _: &Connection) {}
 
     /// The connection is closed.
     fn closed(&self, connection: &Connection);
@@ -206,7 +209,7 @@ impl Recorder {
             counts.attempts += 1;
             counts.connecting += 1;
             t.emit(
-                Some(connection.id),
+                Some(&connection),
                 || connection.started_wall,
                 || ConnectionEventKind::AttemptStarted {
                     // The attempt was made with a target, just above.
@@ -224,14 +227,55 @@ impl Recorder {
         }
     }
 
-    /// A listener accepted a connection.
+    /// A listener accepted a connection. `http`: a server speaks HTTP on it, so its states are seen.
     pub(crate) fn accepted(
         &self,
         scope: &Arc<Scope>,
         local: Option<Endpoint>,
         peer: Option<Endpoint>,
+        http: Option<Spoken>,
     ) -> ConnectionGuard {
-        let connection = Arc::new(Connection::new(self.next_id(), scope.clone(), None, 0));
+        let (connection, state) = self.accept(scope, local, peer, http);
+        // Before anybody can use the connection, so that every request finds its set-up span.
+        self.to_sinks(|sink| sink.setup_finished(&connection, &[], Ok(())));
+        connection.opened(state, None);
+        ConnectionGuard::new(self.clone(), connection)
+    }
+
+    /// The same of a connection that makes a TLS handshake next, which is part of its set-up.
+    pub(crate) fn accepted_for_tls(
+        &self,
+        scope: &Arc<Scope>,
+        local: Option<Endpoint>,
+        peer: Option<Endpoint>,
+    ) -> (ConnectionGuard, Handshake) {
+        let (connection, state) = self.accept(scope, local, peer, Some(Spoken::Http));
+        connection.opened(state, None);
+        let handshake = Handshake {
+            recorder: self.clone(),
+            connection: connection.clone(),
+            phase: None,
+            ended: false,
+        };
+        (ConnectionGuard::new(self.clone(), connection), handshake)
+    }
+
+    fn accept(
+        &self,
+        scope: &Arc<Scope>,
+        local: Option<Endpoint>,
+        peer: Option<Endpoint>,
+        http: Option<Spoken>,
+    ) -> (Arc<Connection>, ConnectionState) {
+        let connection = Connection::new(self.next_id(), scope.clone(), None, 0);
+        let state = match http {
+            Some(spoken) => {
+                connection.serves_http(spoken == Spoken::MaybeTls);
+                ConnectionState::New
+            }
+            None => ConnectionState::Open,
+        };
+        let connection = Arc::new(connection);
         let usable_at = connection.elapsed();
         let _ = connection.ends.set(Ends {
             local,
@@ -239,9 +283,7 @@ impl Recorder {
             usable_at,
         });
         scope.register(&connection);
-        self.to_sinks(|sink| sink.setup_finished(&connection, &[], Ok(())));
-        connection.opened(ConnectionState::Open, None);
-        ConnectionGuard::new(self.clone(), connection)
+        (connection, state)
     }
 
     pub(crate) fn accept_error(&self, scope: &Scope, reason: AcceptErrorReason) {
@@ -263,11 +305,20 @@ impl Recorder {
         });
     }
 
+    /// Called by the guard when the client of an accepted connection said its first word.
+    #[cold]
+    pub(crate) fn first_bytes(&self, connection: &Connection) {
+        if connection.scope.direction == Direction::Inbound {
+            self.to_sinks(|sink| sink.first_bytes(connection));
+        }
+    }
+
     /// Called by the guard after the transition to closed.
     pub(crate) fn closed(&self, connection: &Arc<Connection>) {
         connection.scope.unregister(connection);
         self.to_sinks(|sink| sink.closed(connection));
         self.remember(connection);
+        connection.scope.rest().notify_waiters();
     }
 
     /// A request's wait for a connection is over.
@@ -387,7 +438,12 @@ impl Recorder {
             (pools.live(), (pools.mishaps(), pools.unheard()))
         };
         let mut mishaps = [self.0.observers.lost(), self.0.observers.panics()];
-        for more in live.iter().map(|pool| pool.mishaps()).chain([gone.0]) {
+        let trackers = self.scopes().into_iter().map(|scope| {
+            let trackers = scope.trackers();
+            [trackers.lost(), trackers.panics()]
+        });
+        let pools = live.iter().map(|pool| pool.mishaps());
+        for more in pools.chain([gone.0]).chain(trackers) {
             mishaps[0] += more[0];
             mishaps[1] += more[1];
         }
@@ -423,9 +479,18 @@ impl std::fmt::Debug for Recorder {
     }
 }
 
+/// What is spoken on an accepted connection whose states are seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Spoken {
+    /// HTTP, in plaintext.
+    Http,
+    /// HTTP, or TLS with HTTP in it.
+    MaybeTls,
+}
+
 fn tell(connection: &Connection, kind: ConnectionEventKind, at: Duration) {
     connection.scope.transition(|t| {
-        t.emit(Some(connection.id), || connection.wall(at), || kind);
+        t.emit(Some(connection), || connection.wall(at), || kind);
     });
 }
 
@@ -448,34 +513,7 @@ impl Attempt {
 
     /// The same for one that began a moment ago.
     pub(crate) fn phase_at(&self, kind: PhaseKind, at: Duration) -> PhaseGuard {
-        let scope = &self.connection.scope;
-        let started = if self.recorder.wants_phases(scope) {
-            if scope.observed() {
-                let event = match &kind {
-                    PhaseKind::Dns { host, .. } => {
-                        ConnectionEventKind::DnsStart { host: host.clone() }
-                    }
-                    PhaseKind::Connect { address } => {
-                        ConnectionEventKind::ConnectStart { address: *address }
-                    }
-                    PhaseKind::Tls { server_name } => ConnectionEventKind::TlsHandshakeStart {
-                        server_name: server_name.clone(),
-                    },
-                };
-                tell(&self.connection, event, at);
-            }
-            let started = self.connection.phase_start(kind, at);
-            if started.is_err() {
-                self.recorder.0.drops.phases(1);
-            }
-            Some(started)
-        } else {
-            None
-        };
-        PhaseGuard {
-            connection: self.connection.clone(),
-            started,
-        }
+        PhaseGuard::begin(&self.recorder, &self.connection, kind, at)
     }
 
     /// The connection is usable. `requests_seen` says that its requests will be shown to us, so it
@@ -537,6 +575,73 @@ impl Drop for Attempt {
     }
 }
 
+/// The TLS handshake of an accepted connection. Dropped without a word, it was cancelled.
+pub(crate) struct Handshake {
+    recorder: Recorder,
+    connection: Arc<Connection>,
+    phase: Option<PhaseGuard>,
+    ended: bool,
+}
+
+impl Handshake {
+    /// It had its turn and begins.
+    pub(crate) fn begins(&mut self) {
+        // Which name the client asks for is in its first message.
+        let kind = PhaseKind::Tls {
+            server_name: "".into(),
+        };
+        let at = self.connection.elapsed();
+        let phase = PhaseGuard::begin(&self.recorder, &self.connection, kind, at);
+        self.phase = Some(phase);
+        self.connection.scope.handshakes(1);
+    }
+
+    pub(crate) fn done(mut self, facts: TlsFacts) {
+        let name = facts.server_name.clone();
+        let _ = self.connection.tls.set(facts);
+        self.end(name.as_ref(), Ok(()));
+    }
+
+    pub(crate) fn failed(mut self, reason: FailureReason, name: Option<&Arc<str>>) {
+        self.end(name, Err(reason));
+    }
+
+    fn end(&mut self, name: Option<&Arc<str>>, outcome: Result<(), FailureReason>) {
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        let connection = &self.connection;
+        if let Some(mut phase) = self.phase.take() {
+            connection.scope.handshakes(-1);
+            if let Some(name) = name {
+                phase.named(name);
+            }
+            match outcome {
+                Ok(()) => phase.done(),
+                Err(reason) => phase.failed(reason),
+            }
+        }
+        if let Err(reason) = outcome {
+            let initiator = match reason {
+                FailureReason::ConnectionReset => Initiator::Remote,
+                _ => Initiator::Local,
+            };
+            connection.hint(CloseReason::TlsHandshakeFailed, initiator);
+            let _ = connection.failed.set((reason, connection.elapsed()));
+        }
+        let phases = connection.take_phases();
+        self.recorder
+            .to_sinks(|sink| sink.setup_finished(connection, &phases, outcome));
+        connection.timeline_begins_with(ConnectionState::New);
+    }
+}
+
+impl Drop for Handshake {
+    fn drop(&mut self) {
+        self.end(None, Err(self.connection.given_up()));
+    }
+}
+
 /// A step of set-up under way. Dropped without a word, it was cancelled.
 pub(crate) struct PhaseGuard {
     connection: Arc<Connection>,
@@ -546,6 +651,49 @@ pub(crate) struct PhaseGuard {
 }
 
 impl PhaseGuard {
+    fn begin(
+        recorder: &Recorder,
+        connection: &Arc<Connection>,
+        kind: PhaseKind,
+        at: Duration,
+    ) -> Self {
+        let scope = &connection.scope;
+        let started = if recorder.wants_phases(scope) {
+            if scope.observed() {
+                let event = match &kind {
+                    PhaseKind::Dns { host, .. } => {
+                        ConnectionEventKind::DnsStart { host: host.clone() }
+                    }
+                    PhaseKind::Connect { address } => {
+                        ConnectionEventKind::ConnectStart { address: *address }
+                    }
+                    PhaseKind::Tls { server_name } => ConnectionEventKind::TlsHandshakeStart {
+                        server_name: server_name.clone(),
+                    },
+                };
+                tell(connection, event, at);
+            }
+            let started = connection.phase_start(kind, at);
+            if started.is_err() {
+                recorder.0.drops.phases(1);
+            }
+            Some(started)
+        } else {
+            None
+        };
+        Self {
+            connection: connection.clone(),
+            started,
+        }
+    }
+
+    /// The name that a client asked for became known.
+    fn named(&mut self, name: &Arc<str>) {
+        if let Some(started) = &mut self.started {
+            self.connection.phase_named(started, name);
+        }
+    }
+
     pub(crate) fn done(self) {
         self.resolved(Vec::new());
     }

@@ -14,10 +14,12 @@
 //! an observer may cause further transitions, in the same scope too, without deadlock or
 //! recursion.
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::SystemTime;
+
+use tokio::sync::Notify;
 
 use crate::event::{
     AcceptErrorReason, CloseReason, ConnectionEvent, ConnectionEventKind, ConnectionId,
@@ -37,6 +39,7 @@ const DECLARED: u8 = 1;
 const NO_SPANS: u8 = 2;
 const NO_METRICS: u8 = 4;
 const REQUESTS_SEEN: u8 = 8;
+const TRACKED: u8 = 16;
 
 /// Where a host's counts stand in its scope. Slot 0 is "no host", for a listener; then come the
 /// learned ones, then `_other`.
@@ -55,7 +58,15 @@ pub(crate) struct Scope {
     switches: AtomicU8,
     state: Mutex<State>,
     shards: Box<[Padded]>,
+    /// Requests that outlive their connection.
+    orphans: AtomicU64,
+    /// TLS handshakes of accepted connections under way.
+    handshakes: AtomicI64,
+    /// Told when a connection of it is closed, or such a request is over.
+    rest: Notify,
     observers: Composed,
+    /// Those of this scope alone; they come after the others.
+    trackers: RwLock<Composed>,
     drops: Arc<Drops>,
 }
 
@@ -118,6 +129,9 @@ pub(crate) struct Shard {
     pub(crate) requests: u64,
     /// By host slot.
     hosts: Vec<ShardHost>,
+    /// Accepted connections from which no request came yet; ids grow, so the first is the oldest.
+    new: BTreeSet<u64>,
+    hijacked: u64,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -154,6 +168,25 @@ impl Shard {
             *gauge = gauge.saturating_add_signed(step);
         }
     }
+
+    /// The same for the states that only an accepted connection has, which are not split.
+    pub(crate) fn shift_accepted(
+        &mut self,
+        id: ConnectionId,
+        from: ConnectionState,
+        to: ConnectionState,
+    ) {
+        match from {
+            ConnectionState::New => _ = self.new.remove(&id.number),
+            ConnectionState::Hijacked => self.hijacked = self.hijacked.saturating_sub(1),
+            _ => {}
+        }
+        match to {
+            ConnectionState::New => _ = self.new.insert(id.number),
+            ConnectionState::Hijacked => self.hijacked += 1,
+            _ => {}
+        }
+    }
 }
 
 impl Scope {
@@ -178,7 +211,11 @@ impl Scope {
                 pending: Outbox::new(),
             }),
             shards: (0..SHARDS).map(|_| Padded::default()).collect(),
+            orphans: AtomicU64::new(0),
+            handshakes: AtomicI64::new(0),
+            rest: Notify::new(),
             observers,
+            trackers: RwLock::default(),
             drops,
         }
     }
@@ -233,7 +270,24 @@ impl Scope {
 
     /// Whether anybody listens to events; else none are built.
     pub(crate) fn observed(&self) -> bool {
-        !self.observers.is_empty()
+        !self.observers.is_empty() || self.switches.load(Ordering::Relaxed) & TRACKED != 0
+    }
+
+    /// From now on this observer is told, too, after those that are told already.
+    pub(crate) fn observe(&self, observer: Arc<dyn Observer>) {
+        let mut trackers = self
+            .trackers
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        *trackers = trackers.and(observer);
+        drop(trackers);
+        self.switch(TRACKED, true);
+    }
+
+    /// The observers of this scope alone. Not to be called into under a lock.
+    pub(crate) fn trackers(&self) -> Composed {
+        let trackers = self.trackers.read();
+        trackers.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(crate) const fn observers(&self) -> &Composed {
@@ -273,7 +327,12 @@ impl Scope {
             &self.state,
             |state| &mut state.pending,
             // `Composed` catches panics.
-            |event| self.observers.on_connection_event(&event),
+            |event| {
+                self.observers.on_connection_event(&event);
+                if self.switches.load(Ordering::Relaxed) & TRACKED != 0 {
+                    self.trackers().on_connection_event(&event);
+                }
+            },
         );
     }
 
@@ -300,6 +359,36 @@ impl Scope {
         drop(state);
         self.drops.label_sets(1);
         slot
+    }
+
+    /// One more TLS handshake, or one less. Relaxed: it guards nothing.
+    pub(crate) fn handshakes(&self, change: i64) {
+        self.handshakes.fetch_add(change, Ordering::Relaxed);
+    }
+
+    // === rest: what a drain waits for ===
+
+    /// A connection was closed with this many requests under way. Under its shard's lock.
+    pub(crate) fn orphaned(&self, requests: u32) {
+        // Relaxed, as below: those who wait look again after `rest`, which orders.
+        self.orphans
+            .fetch_add(u64::from(requests), Ordering::Relaxed);
+    }
+
+    /// One of these is over.
+    pub(crate) fn orphan_ended(&self) {
+        self.orphans.fetch_sub(1, Ordering::Relaxed);
+        self.rest.notify_waiters();
+    }
+
+    /// Requests under way whose connection is closed.
+    pub(crate) fn orphans(&self) -> u64 {
+        self.orphans.load(Ordering::Relaxed)
+    }
+
+    /// Something ended. With nobody waiting it costs a load.
+    pub(crate) const fn rest(&self) -> &Notify {
+        &self.rest
     }
 
     // === registry ===
@@ -370,6 +459,12 @@ impl Scope {
         for shard in &self.shards {
             let shard = lock(&shard.0);
             stats.requests += shard.requests;
+            stats.new += shard.new.len() as u64;
+            stats.hijacked += shard.hijacked;
+            let oldest = shard.new.first().and_then(|id| shard.live.get(id));
+            stats.oldest_new = stats
+                .oldest_new
+                .max(oldest.map(|connection| connection.elapsed()));
             for (total, host) in states.iter_mut().zip(&shard.hosts) {
                 for (total, states) in total.iter_mut().zip(&host.states) {
                     total[0] += states[0];
@@ -378,6 +473,8 @@ impl Scope {
             }
         }
         drop(state);
+        let handshakes = self.handshakes.load(Ordering::Relaxed);
+        stats.tls_handshakes = u64::try_from(handshakes).unwrap_or(0);
         stats.set_states(&states);
         for shard in &self.shards {
             let shard = lock(&shard.0);
@@ -423,7 +520,7 @@ impl Transition<'_> {
     /// listens. The closures run only then; they may read clocks and allocate, nothing else.
     pub(crate) fn emit(
         &mut self,
-        connection: Option<ConnectionId>,
+        connection: Option<&Connection>,
         time: impl FnOnce() -> SystemTime,
         kind: impl FnOnce() -> ConnectionEventKind,
     ) {
@@ -440,7 +537,8 @@ impl Transition<'_> {
             sequence: self.state.sequence,
             direction: self.scope.direction,
             name: self.scope.name.clone(),
-            connection,
+            connection: connection.map(|connection| connection.id),
+            peer: connection.and_then(Connection::accepted_from),
             kind: kind(),
         });
     }

@@ -168,7 +168,7 @@ impl Stats {
 ///
 /// - `attempts == established + failed_total() + connecting`
 /// - `open == established + accepted - closed_total()`
-/// - `active + idle <= open`; the rest is open and nobody shows us its requests
+/// - `new + active + idle + hijacked <= open`; the rest is open and nobody shows us its requests
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
@@ -206,6 +206,14 @@ pub struct ScopeStats {
     pub active: u64,
     /// Of these, with visible requests and none running.
     pub idle: u64,
+    /// Of these, accepted by a server of HTTP and without a request so far.
+    pub new: u64,
+    /// The age of the oldest of those: a client that connected and says nothing.
+    pub oldest_new: Option<Duration>,
+    /// Of these, upgraded or made a tunnel.
+    pub hijacked: u64,
+    /// TLS handshakes under way on accepted connections.
+    pub tls_handshakes: u64,
     /// Bytes read by all connections so far. Not part of what the sequence number vouches for.
     pub bytes_read: u64,
     /// Bytes written by all connections so far, likewise.
@@ -268,6 +276,10 @@ impl ScopeStats {
             open: counts.open,
             active: 0,
             idle: 0,
+            new: 0,
+            oldest_new: None,
+            hijacked: 0,
+            tls_handshakes: 0,
             bytes_read: 0,
             bytes_written: 0,
             hosts: hosts.collect(),

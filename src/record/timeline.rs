@@ -60,6 +60,8 @@ impl Moment {
             Self::State(ConnectionState::Active) => "active",
             Self::State(ConnectionState::Idle) => "idle",
             Self::State(ConnectionState::Open) => "open",
+            Self::State(ConnectionState::New) => "new",
+            Self::State(ConnectionState::Hijacked) => "hijacked",
             Self::State(ConnectionState::Connecting) => "connecting",
             Self::State(ConnectionState::Closed) => "closed",
             Self::EndOfStream => "end_of_stream",
@@ -98,6 +100,10 @@ impl Timeline {
 
     pub(crate) fn entries(&self) -> impl Iterator<Item = TimelineEntry> + '_ {
         self.first.iter().chain(&self.last).copied()
+    }
+
+    pub(crate) const fn is_empty(&self) -> bool {
+        self.first.is_empty()
     }
 
     /// How many moments between the first and the last were not kept.

@@ -1,0 +1,207 @@
+//! The states of a connection, as a pure machine: what happens goes in, the states that follow come
+//! out. No I/O, no clock, no lock.
+//!
+//! Of a connection whose requests are only counted (an outbound one, or a protocol of the user's own)
+//! the machine knows when the first request begins and the last one ends. Of one that a server speaks
+//! HTTP on, it follows Go's `http.ConnState`:
+//!
+//! - **New** from the accept on; a client that says nothing stays there.
+//! - **Active** from the first byte of a request on, also one that turns out to be none, and from the
+//!   first stream on in HTTP/2. Where only ciphertext is seen, from the call on. A pipelined request
+//!   was read with the one before it, so it begins at the call, too.
+//! - **Idle** once the response is out: hyper drops an HTTP/1 body before it writes its last bytes, so
+//!   the flush after that ends the request's time. A connection that takes no further request
+//!   (`Connection: close`) does not become idle. (What only hyper knows it does: a request whose body
+//!   was not read to its end is followed by idle and closed in one instant.) In HTTP/2 when no stream
+//!   is left, and once when the preface was read, as Go's server has it.
+//! - **Hijacked** when the connection changes hands, by `101 Switching Protocols` or a `CONNECT` that
+//!   was granted. It ends the machine. A request that only asks for an upgrade does nothing.
+//! - **Closed** is not the machine's: the socket's end is, whatever the state.
+//!
+//! What the client sends first tells HTTP/1, HTTP/2 and TLS apart. HTTP/2 reads and writes without
+//! streams (settings, pings), so its bytes say nothing after the preface.
+
+use crate::event::ConnectionState::{self, Active, Hijacked, Idle, New, Open};
+
+/// How HTTP/2 begins (RFC 9113, section 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// How a TLS record with a handshake in it begins (RFC 8446, section 5.1).
+const TLS_HANDSHAKE: u8 = 22;
+
+/// Everything the machine remembers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct States {
+    pub(crate) state: ConnectionState,
+    /// Requests that are not over.
+    pub(crate) running: u32,
+    pub(crate) facts: Facts,
+}
+
+/// What is known of an HTTP server's connection, in 16 bits: the record keeps it in an atomic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Facts(pub(crate) u16);
+
+impl Facts {
+    /// How much of HTTP/2's preface was read.
+    const PREFACE: u16 = 0b1_1111;
+    /// Its bytes and flushes are shown to us.
+    const FED: u16 = 1 << 5;
+    /// A client that speaks TLS does so to a layer above us.
+    const MAYBE_TLS: u16 = 1 << 6;
+    /// The first bytes told what is spoken: HTTP/1, unless something below says otherwise.
+    const DECIDED: u16 = 1 << 7;
+    /// HTTP/2.
+    const TWO: u16 = 1 << 8;
+    /// Ciphertext: the bytes say nothing.
+    const OPAQUE: u16 = 1 << 9;
+    /// An HTTP/1 response was handed over whole and is not written yet.
+    const ANSWERED: u16 = 1 << 10;
+    /// The connection takes no further request.
+    const LAST: u16 = 1 << 11;
+
+    /// Of a connection that a server speaks HTTP on. `maybe_tls`: TLS may be spoken above.
+    pub(crate) const fn served(maybe_tls: bool) -> Self {
+        Self(Self::FED | if maybe_tls { Self::MAYBE_TLS } else { 0 })
+    }
+
+    const fn has(self, fact: u16) -> bool {
+        self.0 & fact != 0
+    }
+
+    const fn set(&mut self, fact: u16, on: bool) {
+        if on {
+            self.0 |= fact;
+        } else {
+            self.0 &= !fact;
+        }
+    }
+
+    /// Whether these bytes may mean anything, asked before any lock is taken.
+    pub(crate) const fn heeds_bytes(self, state: ConnectionState) -> bool {
+        self.has(Self::FED)
+            && !self.has(Self::TWO | Self::OPAQUE)
+            && (!matches!(state, Active | Hijacked) || self.has(Self::ANSWERED))
+    }
+
+    /// Whether a flush may mean anything.
+    pub(crate) const fn heeds_flush(self) -> bool {
+        self.has(Self::ANSWERED)
+    }
+
+    /// Whether a response that closes an HTTP/1 connection means anything.
+    pub(crate) const fn heeds_last(self) -> bool {
+        self.has(Self::FED) && !self.has(Self::TWO)
+    }
+
+    /// A request was begun to be read, and not handed over yet.
+    pub(crate) const fn reads_head(self, state: ConnectionState, running: u32) -> bool {
+        matches!(state, Active) && running == 0 && !self.has(Self::TWO | Self::ANSWERED)
+    }
+}
+
+/// What happens.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Input<'a> {
+    /// This was read; never empty.
+    Bytes(&'a [u8]),
+    /// All that was written is out.
+    Flushed,
+    /// A request is handed over. `last`: it says that no other follows.
+    Call { http2: bool, last: bool },
+    /// A request is over, well or badly.
+    Over,
+    /// A response says that no other request is taken.
+    Last,
+    /// The connection changes hands.
+    Hijack,
+}
+
+/// The states that follow, in order.
+pub(crate) type Changes = [Option<ConnectionState>; 2];
+const NONE: Changes = [None, None];
+
+impl States {
+    pub(crate) fn on(&mut self, input: Input<'_>) -> Changes {
+        let facts = &mut self.facts;
+        match input {
+            Input::Bytes(bytes) => self.bytes(bytes),
+            Input::Flushed => {
+                if !facts.has(Facts::ANSWERED) {
+                    return NONE;
+                }
+                facts.set(Facts::ANSWERED, false);
+                let rests = self.running == 0 && self.state == Active && !facts.has(Facts::LAST);
+                self.to(rests, Idle)
+            }
+            Input::Call { http2, last } => {
+                self.running += 1;
+                if facts.has(Facts::FED) {
+                    facts.set(Facts::ANSWERED, false);
+                    facts.set(Facts::DECIDED, true);
+                    facts.set(Facts::TWO, http2);
+                    facts.set(Facts::LAST, last && !http2);
+                }
+                self.to(matches!(self.state, New | Open | Idle), Active)
+            }
+            Input::Over => {
+                self.running = self.running.saturating_sub(1);
+                let rests = self.running == 0 && self.state == Active;
+                if rests && facts.has(Facts::FED) && !facts.has(Facts::TWO) {
+                    facts.set(Facts::ANSWERED, true);
+                    return NONE;
+                }
+                self.to(rests, Idle)
+            }
+            Input::Last => {
+                let heeded = facts.heeds_last();
+                facts.set(Facts::LAST, heeded);
+                NONE
+            }
+            Input::Hijack => self.to(matches!(self.state, New | Open | Active | Idle), Hijacked),
+        }
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) -> Changes {
+        let facts = &mut self.facts;
+        if !facts.has(Facts::FED) || facts.has(Facts::TWO | Facts::OPAQUE) {
+            return NONE;
+        }
+        if !facts.has(Facts::DECIDED) {
+            let read = usize::from(facts.0 & Facts::PREFACE);
+            let left = &PREFACE[read..];
+            let same = bytes.iter().zip(left).take_while(|(a, b)| a == b).count();
+            if same == left.len() {
+                facts.set(Facts::DECIDED | Facts::TWO, true);
+                return if self.state == New {
+                    self.state = Idle;
+                    [Some(Active), Some(Idle)]
+                } else {
+                    NONE
+                };
+            }
+            if same == bytes.len() {
+                facts.0 += same as u16;
+                return NONE;
+            }
+            facts.set(Facts::DECIDED, true);
+            if facts.has(Facts::MAYBE_TLS) && read == 0 && bytes[0] == TLS_HANDSHAKE {
+                facts.set(Facts::OPAQUE, true);
+                return NONE;
+            }
+        }
+        // The next request is here before the response to the last one is out.
+        facts.set(Facts::ANSWERED, false);
+        self.to(matches!(self.state, New | Open | Idle), Active)
+    }
+
+    const fn to(&mut self, changes: bool, state: ConnectionState) -> Changes {
+        if !changes {
+            return NONE;
+        }
+        self.state = state;
+        [Some(state), None]
+    }
+}
+
+#[cfg(test)]
+mod tests;
