@@ -71,7 +71,7 @@
 //! | `otlp` | yes | [`Builder::init`]: SDK, OTLP exporters, `tracing` subscriber |
 //! | `prometheus` | yes | the scrape endpoint and go-conntrack's names |
 //! | `otel` | by `otlp` | spans and metrics with your own providers |
-//! | `tls` | no | TLS by rustls in the dialer |
+//! | `tls` | no | TLS by rustls in the dialer; [`ServerTls`] for servers |
 //! | `otlp-tls` | no | `https` endpoints for OTLP |
 //! | `axum`, `tonic` | no | their listener and connect-info traits |
 //! | `stock` | no | [`stock`]: pool events of unmodified reqwest and hyper-util clients; with `hyper`, [`InFlightLimit`] |
@@ -115,6 +115,8 @@ mod socket;
 pub mod stock;
 #[cfg(feature = "otel")]
 mod telemetry;
+#[cfg(feature = "tls")]
+mod tls;
 #[cfg(feature = "transport")]
 mod transport;
 
@@ -131,6 +133,8 @@ pub use event::{
 };
 #[cfg(feature = "net")]
 pub use inbound::listener::{Accept, Listener, ListenerBuilder, SocketOptions, WhenFull};
+#[cfg(feature = "tls")]
+pub use inbound::tls::{ServerTls, ServerTlsBuilder, enable_http2, server_config};
 pub use io::{Endpoints, TrackedIo};
 pub use observer::{ChannelObserver, Composed, EventReceiver, Hooks, Observer, channel, compose};
 #[cfg(feature = "hyper")]

@@ -5,18 +5,19 @@ use std::io;
 use std::sync::Arc;
 
 use rustls::pki_types::ServerName;
-use rustls::{ClientConfig, ProtocolVersion, RootCertStore};
+use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use crate::event::{FailureReason, IoLayer, Target, TlsFacts};
+use crate::event::{FailureReason, IoLayer, Target};
 use crate::io::{Endpoints, TrackedIo};
 use crate::outbound::dialer::{DialError, Dialer, settle};
 use crate::outbound::failure::classify;
 use crate::record::connection::PhaseKind;
 use crate::record::recorder::Attempt;
+use crate::tls::{facts, provider};
 
 impl Dialer {
     /// Connects and makes the TLS handshake, with the target's host as server name. Bytes are
@@ -60,9 +61,7 @@ pub(crate) fn default_config(alpn: &[&[u8]]) -> Arc<ClientConfig> {
     let roots = RootCertStore {
         roots: webpki_roots::TLS_SERVER_ROOTS.to_vec(),
     };
-    // The provider is named, so that no process-wide default is needed or touched.
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut config = ClientConfig::builder_with_provider(provider)
+    let mut config = ClientConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .expect("ring supports the protocol versions that rustls has on by default")
         .with_root_certificates(roots)
@@ -100,7 +99,7 @@ where
     });
     match TlsConnector::from(config).connect(name, io).await {
         Ok(stream) => {
-            let _ = attempt.connection().tls.set(facts(&stream, sni));
+            let _ = attempt.connection().tls.set(facts(stream.get_ref().1, sni));
             phase.done();
             Ok(stream)
         }
@@ -112,32 +111,5 @@ where
             phase.failed(reason);
             Err(failed(reason, source))
         }
-    }
-}
-
-fn facts<T>(stream: &TlsStream<T>, server_name: Option<Arc<str>>) -> TlsFacts {
-    let (_, session) = stream.get_ref();
-    TlsFacts {
-        version: session.protocol_version().and_then(version),
-        cipher: session
-            .negotiated_cipher_suite()
-            .and_then(|suite| suite.suite().as_str())
-            .map(Into::into),
-        alpn: session
-            .alpn_protocol()
-            .map(|alpn| String::from_utf8_lossy(alpn).into()),
-        server_name,
-        resumed: session
-            .handshake_kind()
-            .map(|kind| kind == rustls::HandshakeKind::Resumed),
-    }
-}
-
-/// `tls.protocol.version`.
-const fn version(version: ProtocolVersion) -> Option<&'static str> {
-    match version {
-        ProtocolVersion::TLSv1_2 => Some("1.2"),
-        ProtocolVersion::TLSv1_3 => Some("1.3"),
-        _ => None,
     }
 }
