@@ -42,6 +42,19 @@ impl Conntrack {
         crate::ListenerBuilder::new(self.recorder.clone(), name)
     }
 
+    /// Serves HTTP/1 and HTTP/2 on a listener: a `tower` service, such as axum's `Router`. See [`Server`].
+    ///
+    /// [`Server`]: crate::Server
+    #[cfg(feature = "server")]
+    pub fn serve<L: crate::Accept, S>(
+        &self,
+        listener: crate::Listener<L>,
+        service: S,
+    ) -> crate::ServerBuilder<L, S> {
+        // The listener has the record; which `Conntrack` it came from is its own business.
+        crate::ServerBuilder::new(listener, service)
+    }
+
     /// A tracked dialer under this name: opens connections for any protocol.
     #[cfg(feature = "net")]
     pub fn dialer(&self, name: &str) -> crate::DialerBuilder {

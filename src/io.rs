@@ -115,7 +115,8 @@ impl StreamsOf {
 enum Place {
     #[cfg(feature = "net")]
     Listener {
-        _permit: tokio::sync::OwnedSemaphorePermit,
+        _permit: Option<tokio::sync::OwnedSemaphorePermit>,
+        _inside: crate::inbound::drain::Inside,
     },
     #[cfg(feature = "transport")]
     Pool {
@@ -163,8 +164,15 @@ impl<T> TrackedIo<T> {
     }
 
     #[cfg(feature = "net")]
-    pub(crate) fn with_permit(mut self, permit: Option<tokio::sync::OwnedSemaphorePermit>) -> Self {
-        self.place = permit.map(|permit| Place::Listener { _permit: permit });
+    pub(crate) fn with_inside(
+        mut self,
+        inside: crate::inbound::drain::Inside,
+        permit: Option<tokio::sync::OwnedSemaphorePermit>,
+    ) -> Self {
+        self.place = Some(Place::Listener {
+            _permit: permit,
+            _inside: inside,
+        });
         self
     }
 

@@ -132,7 +132,13 @@ pub use event::{
     TlsFacts, TraceRef, WaitOutcome,
 };
 #[cfg(feature = "net")]
+pub use inbound::drain::{DrainHandle, DrainReport, Straggler};
+#[cfg(feature = "net")]
 pub use inbound::listener::{Accept, Listener, ListenerBuilder, SocketOptions, WhenFull};
+#[cfg(feature = "server")]
+pub use inbound::serve::{Server, ServerBuilder, ServerIo};
+#[cfg(all(feature = "net", feature = "hyper"))]
+pub use inbound::service::{ServerBody, ServerFuture, ServerLayer, ServerService};
 #[cfg(feature = "tls")]
 pub use inbound::tls::{ServerTls, ServerTlsBuilder, enable_http2, server_config};
 pub use io::{Endpoints, TrackedIo};

@@ -119,10 +119,14 @@ reasons! {
         ConnectionClose => "connection_close",
         /// The peer reset it (`ECONNRESET`, `EPIPE`, `ECONNABORTED`).
         ConnectionReset => "connection_reset",
+        /// It was not done at the deadline of a drain, and was cut.
+        DrainDeadline => "drain_deadline",
         /// This side dropped it without shutting it down.
         Dropped => "dropped",
         /// HTTP/2 `GOAWAY`.
         Goaway => "goaway",
+        /// No request came on it in time, or its head did not end in time.
+        HeaderTimeout => "header_timeout",
         /// It was idle for longer than allowed.
         IdleTimeout => "idle_timeout",
         /// Reading or writing failed in another way.

@@ -7,9 +7,10 @@
 //! ends when the future is dropped: go-conntrack's slept through the closing of its listener.
 
 use std::fmt;
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -19,7 +20,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::config::{ConfigError, Declaration};
 use crate::event::{AcceptErrorReason, Direction, Endpoint, RejectReason};
+use crate::inbound::drain::{Door, DrainHandle};
 use crate::io::{Endpoints, TrackedIo};
+use crate::record::handle::ConnectionGuard;
+#[cfg(all(feature = "server", feature = "tls"))]
+use crate::record::recorder::Handshake;
+use crate::record::recorder::Spoken;
 use crate::record::{Recorder, Scope};
 use crate::socket::Keepalive;
 
@@ -140,6 +146,7 @@ pub struct ListenerBuilder {
     options: SocketOptions,
     max_connections: Option<usize>,
     when_full: WhenFull,
+    http: Option<Spoken>,
 }
 
 impl ListenerBuilder {
@@ -149,7 +156,24 @@ impl ListenerBuilder {
             options: SocketOptions::default(),
             max_connections: None,
             when_full: WhenFull::Wait,
+            http: None,
         }
+    }
+
+    /// Its connections are served by HTTP, and their requests are shown: by [`ServerLayer`] in axum's
+    /// router or tonic's server, by [`ServerService`] in a loop of your own. From then on they go through
+    /// the states of Go's `http.ConnState`: new, active, idle, hijacked. Default: off, they are open and
+    /// nothing more is known. ([`Conntrack::serve`] needs neither; it is all that.)
+    ///
+    /// Without the layer a connection would be active for ever, from its first byte on.
+    ///
+    /// [`ServerLayer`]: crate::ServerLayer
+    /// [`ServerService`]: crate::ServerService
+    /// [`Conntrack::serve`]: crate::Conntrack::serve
+    #[cfg(feature = "hyper")]
+    pub const fn http(mut self) -> Self {
+        self.http = Some(Spoken::MaybeTls);
+        self
     }
 
     /// Whether this name's connections get spans. Default: on, if the `Conntrack` has a tracer.
@@ -250,10 +274,12 @@ impl ListenerBuilder {
         Ok(Listener {
             inner: listener,
             recorder: self.declaration.recorder,
+            door: Opened(Door::new(scope.clone())),
             scope,
             options: self.options,
             places,
             when_full: self.when_full,
+            http: self.http,
             pause: None,
         })
     }
@@ -298,11 +324,40 @@ pub struct Listener<L = TcpListener> {
     options: SocketOptions,
     places: Option<Arc<Semaphore>>,
     when_full: WhenFull,
+    http: Option<Spoken>,
+    // After what is inside: whoever hears that it is shut finds the address free.
+    door: Opened,
     /// The last pause after a shortage; none since the last success.
     pause: Option<Duration>,
 }
 
+/// A stream that was accepted, with its place.
+pub(crate) struct Taken<L: Accept> {
+    io: L::Io,
+    place: Option<OwnedSemaphorePermit>,
+    address: L::Addr,
+}
+
+/// A door that is shut when the listener is dropped.
+struct Opened(Arc<Door>);
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        self.0.shut();
+    }
+}
+
 impl<L: Accept> Listener<L> {
+    /// Drains this listener: see [`DrainHandle::drain`].
+    pub fn drain_handle(&self) -> DrainHandle {
+        DrainHandle::new(self.door.0.clone())
+    }
+
+    #[cfg(feature = "server")]
+    pub(crate) const fn door(&self) -> &Arc<Door> {
+        &self.door.0
+    }
+
     /// The name.
     pub fn name(&self) -> &str {
         &self.scope.name
@@ -326,11 +381,18 @@ impl<L: Accept> Listener<L> {
     /// tried again, after a pause where a shortage is the reason.
     ///
     /// Cancel-safe: no connection is lost. It does not return an error, so an accept loop can't end
-    /// by one; use [`try_accept`](Self::try_accept) to see them.
+    /// by one; use [`try_accept`](Self::try_accept) to see them. Once the listener is drained it waits for
+    /// ever: have your loop wait for [`DrainHandle::signal`], too.
     pub async fn accept(&mut self) -> (TrackedIo<L::Io>, L::Addr) {
+        let taken = self.take_in_patiently().await;
+        self.track(taken)
+    }
+
+    /// The next stream, however long it takes; not recorded yet.
+    pub(crate) async fn take_in_patiently(&mut self) -> Taken<L> {
         loop {
-            match self.try_accept().await {
-                Ok(accepted) => return accepted,
+            match self.take_in().await {
+                Ok(taken) => return taken,
                 Err(error) => {
                     if let Some(pause) = self.after(&error) {
                         tokio::time::sleep(pause).await;
@@ -348,13 +410,65 @@ impl<L: Accept> Listener<L> {
     ///
     /// The system's, one call at a time and with no pause.
     pub async fn try_accept(&mut self) -> io::Result<(TrackedIo<L::Io>, L::Addr)> {
+        let taken = self.take_in().await?;
+        Ok(self.track(taken))
+    }
+
+    fn track(&self, taken: Taken<L>) -> (TrackedIo<L::Io>, L::Addr) {
+        let Taken { io, place, address } = taken;
+        let (local, peer) = (io.local_endpoint(), io.peer_endpoint());
+        let guard = self.recorder.accepted(&self.scope, local, peer, self.http);
+        let io = self.inside(io, guard, place);
+        (io.with_states(self.http.is_some()), address)
+    }
+
+    /// The same as a server's, which speaks HTTP in plaintext.
+    #[cfg(feature = "server")]
+    pub(crate) fn track_http(&self, taken: Taken<L>) -> TrackedIo<L::Io> {
+        let Taken { io, place, .. } = taken;
+        let (local, peer) = (io.local_endpoint(), io.peer_endpoint());
+        let http = Some(Spoken::Http);
+        let guard = self.recorder.accepted(&self.scope, local, peer, http);
+        self.inside(io, guard, place).with_states(true)
+    }
+
+    /// The same, and TLS comes first: its states are seen above it.
+    #[cfg(all(feature = "server", feature = "tls"))]
+    pub(crate) fn track_tls(&self, taken: Taken<L>) -> (TrackedIo<L::Io>, Handshake) {
+        let Taken { io, place, .. } = taken;
+        let (local, peer) = (io.local_endpoint(), io.peer_endpoint());
+        let accepted = self.recorder.accepted_for_tls(&self.scope, local, peer);
+        let (guard, handshake) = accepted;
+        (self.inside(io, guard, place), handshake)
+    }
+
+    /// The next stream, with its place; not recorded yet.
+    async fn take_in(&mut self) -> io::Result<Taken<L>> {
         loop {
+            let door = self.door.0.clone();
             // Waiting for a place comes before accepting, so that a cancel loses no connection.
             let place = match (&self.places, self.when_full) {
-                (Some(places), WhenFull::Wait) => places.clone().acquire_owned().await.ok(),
+                (Some(places), WhenFull::Wait) => {
+                    let place = async { places.clone().acquire_owned().await.ok() };
+                    match until_closing(&door, place).await {
+                        Some(place) => place,
+                        // There is no place for those that the kernel has.
+                        None => return end(&door).await,
+                    }
+                }
                 _ => None,
             };
-            let (io, address) = match poll_fn(|cx| self.inner.poll_accept(cx)).await {
+            let accepted = until_closing(&door, poll_fn(|cx| self.inner.poll_accept(cx))).await;
+            let accepted = match accepted {
+                Some(accepted) => accepted,
+                // What the kernel has accepted is taken in still, as it can be had without waiting.
+                None if door.is_shut() => return end(&door).await,
+                None => match at_once(|cx| self.inner.poll_accept(cx)).await {
+                    Some(accepted) => accepted,
+                    None => return end(&door).await,
+                },
+            };
+            let (io, address) = match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
                     self.recorder.accept_error(&self.scope, reason(&error));
@@ -373,14 +487,20 @@ impl<L: Accept> Listener<L> {
                 (_, place) => place,
             };
             L::configure(&io, &self.options);
-            return Ok((self.track(io, place), address));
+            return Ok(Taken { io, place, address });
         }
     }
 
-    fn track(&self, io: L::Io, place: Option<OwnedSemaphorePermit>) -> TrackedIo<L::Io> {
-        let (local, peer) = (io.local_endpoint(), io.peer_endpoint());
-        let guard = self.recorder.accepted(&self.scope, local, peer, None);
-        TrackedIo::new(io, guard).with_permit(place).over(|io| io)
+    fn inside(
+        &self,
+        io: L::Io,
+        guard: ConnectionGuard,
+        place: Option<OwnedSemaphorePermit>,
+    ) -> TrackedIo<L::Io> {
+        let inside = self.door.0.enter(guard.connection());
+        TrackedIo::new(io, guard)
+            .with_inside(inside, place)
+            .over(|io| io)
     }
 
     fn reject(&self, io: L::Io) {
@@ -401,6 +521,36 @@ impl<L: Accept> Listener<L> {
         self.pause = Some(pause);
         Some(pause)
     }
+}
+
+/// The end of accepting.
+async fn end<T>(door: &Door) -> T {
+    door.shut();
+    std::future::pending().await
+}
+
+/// What comes first: `None` if the door is closing.
+async fn until_closing<T>(door: &Door, wanted: impl Future<Output = T>) -> Option<T> {
+    let mut closing = pin!(door.closing());
+    let mut wanted = pin!(wanted);
+    poll_fn(|cx| {
+        if door.is_closing() || closing.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(None);
+        }
+        wanted.as_mut().poll(cx).map(Some)
+    })
+    .await
+}
+
+/// What can be had without waiting.
+async fn at_once<T>(mut poll: impl FnMut(&mut Context<'_>) -> Poll<T>) -> Option<T> {
+    poll_fn(|cx| {
+        Poll::Ready(match poll(cx) {
+            Poll::Ready(got) => Some(got),
+            Poll::Pending => None,
+        })
+    })
+    .await
 }
 
 impl<L> fmt::Debug for Listener<L> {

@@ -1,13 +1,23 @@
-//! Inbound connections: accepting them.
+//! Inbound connections: accepting them, serving HTTP on them, and letting them go.
 //!
 //! - [`listener`] wraps anything that accepts, retries what can be retried, bounds how many are
 //!   open, and hands out tracked streams.
 //! - [`tls`] makes the TLS handshake of a server, from files that it reads again when they change.
-//! - [`axum`](mod@axum) makes it a listener for `axum::serve`.
+//! - [`drain`] shuts a listener and waits for everybody who came in.
+//! - [`serve`] is the server on top, with one [`serving`] future per connection.
+//! - [`service`] shows a connection's requests, whoever serves them; [`axum`](mod@axum) makes the
+//!   listener one for `axum::serve`.
 
+pub(crate) mod drain;
 pub(crate) mod listener;
 #[cfg(feature = "tls")]
 pub(crate) mod tls;
 
 #[cfg(feature = "axum")]
 pub(crate) mod axum;
+#[cfg(feature = "server")]
+pub(crate) mod serve;
+#[cfg(feature = "hyper")]
+pub(crate) mod service;
+#[cfg(feature = "server")]
+pub(crate) mod serving;

@@ -26,6 +26,8 @@ impl Caller {
         None
     }
 
+    pub(crate) const fn served_on(&self, _: &crate::record::Connection) {}
+
     pub(crate) const fn acquired(
         &self,
         _: &crate::record::Connection,

@@ -61,6 +61,10 @@ pub(crate) struct Connection {
     protocol: AtomicU8,
     /// What the machine of states knows of a server's connection.
     facts: AtomicU16,
+    /// Through which listener it came, of those of its name; zero for none.
+    door: AtomicU32,
+    /// The trace of the request that is served; allocated once one has a trace.
+    serving: OnceLock<Box<Mutex<Option<TraceRef>>>>,
     in_flight: AtomicU32,
     requests: AtomicU64,
     /// Nanoseconds after `started` plus one; zero while not idle.
@@ -157,6 +161,8 @@ impl Connection {
             state: AtomicU8::new(ConnectionState::Connecting as u8),
             protocol: AtomicU8::new(0),
             facts: AtomicU16::new(0),
+            door: AtomicU32::new(0),
+            serving: OnceLock::new(),
             in_flight: AtomicU32::new(0),
             requests: AtomicU64::new(0),
             idle_since: AtomicU64::new(0),
@@ -563,6 +569,35 @@ impl Connection {
     }
 
     // === what a server's connection shows ===
+
+    /// Before it is used.
+    pub(crate) fn came_through(&self, door: u32) {
+        self.door.store(door, Relaxed);
+    }
+
+    pub(crate) fn door(&self) -> u32 {
+        self.door.load(Relaxed)
+    }
+
+    /// This request is served now.
+    pub(crate) fn serves(&self, trace: TraceRef) {
+        *lock(self.serving.get_or_init(Box::default)) = Some(trace);
+    }
+
+    /// It is not any more; a later one stays.
+    pub(crate) fn served(&self, trace: &TraceRef) {
+        if let Some(serving) = self.serving.get() {
+            let mut serving = lock(serving);
+            if serving.as_ref() == Some(trace) {
+                *serving = None;
+            }
+        }
+    }
+
+    /// The trace of the latest request that is served, where it has one.
+    pub(crate) fn serving(&self) -> Option<TraceRef> {
+        *lock(self.serving.get()?)
+    }
 
     /// A server speaks HTTP on it, so its bytes and flushes are shown to us. Before it is used.
     /// `maybe_tls`: they may be ciphertext.

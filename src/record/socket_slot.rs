@@ -42,6 +42,16 @@ impl SocketSlot {
         same.then_some(info)
     }
 
+    /// Ends the socket in both directions, so that whoever reads or writes it learns that it is over.
+    /// Not of a stream that was in other hands: its descriptor may be another's by now, and this can't
+    /// be taken back.
+    pub(crate) fn shut_down(&self) {
+        let slot = lock(&self.0);
+        if let Some(socket) = slot.as_ref().filter(|socket| socket.cookie.is_none()) {
+            tcp_info::shut_down(socket.fd);
+        }
+    }
+
     fn check_from_now_on(&self) {
         let mut slot = lock(&self.0);
         if let Some(socket) = &mut *slot

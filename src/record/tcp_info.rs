@@ -67,6 +67,11 @@ pub(crate) fn cookie(fd: RawFd) -> Option<NonZeroU64> {
     NonZeroU64::new(u64::from_ne_bytes(*bytes))
 }
 
+/// Shuts a socket down in both directions (shutdown(2)); the descriptor stays open.
+pub(crate) fn shut_down(fd: RawFd) {
+    sys::shut_down(fd);
+}
+
 #[cfg(all(target_os = "linux", feature = "net"))]
 mod sys {
     use super::RawFd;
@@ -78,6 +83,13 @@ mod sys {
 
     pub(super) fn cookie(fd: RawFd, bytes: &mut [u8]) -> Option<&[u8]> {
         getsockopt(fd, SOL_SOCKET, SO_COOKIE, bytes)
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn shut_down(fd: RawFd) {
+        // SAFETY: it takes two numbers and touches no memory of ours. The caller sees to it that the
+        // descriptor is the socket that it means.
+        let _ = unsafe { libc::shutdown(fd, libc::SHUT_RDWR) };
     }
 
     /// The answer, at the beginning of `bytes`.
@@ -108,6 +120,8 @@ mod sys {
     pub(super) const fn cookie(_: RawFd, _: &mut [u8]) -> Option<&[u8]> {
         None
     }
+
+    pub(super) const fn shut_down(_: RawFd) {}
 }
 
 #[cfg(test)]

@@ -66,6 +66,24 @@ impl Caller {
         }
     }
 
+    /// Its request came on this connection.
+    pub(crate) fn served_on(&self, connection: &Connection) {
+        let Some(context) = &self.context else {
+            return;
+        };
+        let told = shielded(|| {
+            let span = context.span();
+            let id = connection.id.text();
+            span.set_attribute(KeyValue::new(names::CONNECTION_ID, id));
+            if let Some(trace) = connection.trace.get().filter(|trace| trace.sampled) {
+                span.add_link(span_context(trace), Vec::new());
+            }
+        });
+        if told.is_none() {
+            connection.scope.sink_panicked();
+        }
+    }
+
     fn tell(context: &Context, connection: &Connection, found: Acquired) {
         let span = context.span();
         // One allocation for the text, shared by both attributes.

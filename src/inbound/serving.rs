@@ -1,0 +1,301 @@
+//! One connection of a server: drives it, times it, and lets it go.
+//!
+//! A connection that rests costs no timer but the one that ends its rest, and a request none at all: a
+//! timer that was set for one rest is left alone, and when it runs out it is seen whether the connection
+//! has been at rest since. Who is silent, who sends a head too slowly and who does not answer the farewell
+//! is dropped; all others are asked to finish by hyper's graceful shutdown.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use pin_project_lite::pin_project;
+use tokio::sync::futures::OwnedNotified;
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use crate::event::{CloseReason, ConnectionState};
+use crate::inbound::drain::Door;
+use crate::record::Connection;
+
+/// For how long a drain waits for the first request of a connection (as Go's `Shutdown` does).
+const FIRST_REQUEST: Duration = Duration::from_secs(5);
+/// For how long an idle HTTP/2 peer may take to answer the farewell (GOAWAY and a ping).
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// What a server sets for its connections.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Timeouts {
+    pub(crate) header: Option<Duration>,
+    pub(crate) idle: Option<Duration>,
+    pub(crate) lifetime: Option<Duration>,
+}
+
+/// hyper's connection, as far as it is needed here.
+pub(crate) trait Drive: Future {
+    /// No further request after those that run.
+    fn finish(self: Pin<&mut Self>);
+}
+
+/// A handshake that comes before a connection; none if it failed.
+type Handshaking<C> = Pin<Box<dyn Future<Output = Option<C>> + Send>>;
+
+pin_project! {
+    #[project = StageProj]
+    pub(crate) enum Stage<C> {
+        Handshaking { handshake: Handshaking<C> },
+        Serving { #[pin] driven: C },
+    }
+}
+
+pin_project! {
+    /// A connection on its server.
+    pub(crate) struct Serving<C> {
+        #[pin]
+        stage: Stage<C>,
+        connection: Arc<Connection>,
+        door: Arc<Door>,
+        #[pin]
+        turned: OwnedNotified,
+        listens: bool,
+        // It was asked to finish.
+        told: bool,
+        timeouts: Timeouts,
+        accepted: Instant,
+        ends: Option<Instant>,
+        rest: Option<Rest>,
+        timer: Option<Pin<Box<Sleep>>>,
+    }
+}
+
+/// A rest that a timer was set for.
+#[derive(Clone, Copy, Debug)]
+struct Rest {
+    why: Why,
+    until: Instant,
+    /// How many requests there had been: one more, and the rest was interrupted.
+    requests: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Why {
+    /// No request came yet.
+    New,
+    /// The same, and the door is closing.
+    NewAtTheEnd,
+    /// A request's head does not end.
+    Head,
+    Idle,
+    /// It was told to go.
+    Farewell,
+}
+
+impl<C> Serving<C> {
+    pub(crate) fn new(
+        stage: Stage<C>,
+        connection: Arc<Connection>,
+        door: Arc<Door>,
+        timeouts: Timeouts,
+        lifetime: Option<Duration>,
+    ) -> Self {
+        let accepted = Instant::now();
+        Self {
+            stage,
+            connection,
+            turned: door.turned().clone().notified_owned(),
+            door,
+            listens: false,
+            told: false,
+            timeouts,
+            accepted,
+            ends: lifetime.and_then(|lifetime| accepted.checked_add(lifetime)),
+            rest: None,
+            timer: None,
+        }
+    }
+}
+
+/// What is to be done with a connection.
+enum Verdict {
+    Fine,
+    Finish(CloseReason),
+    Drop(CloseReason),
+}
+
+impl<C: Drive> Future for Serving<C> {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.listens {
+            self.as_mut().listen(cx);
+        }
+        loop {
+            let mut this = self.as_mut().project();
+            match this.stage.as_mut().project() {
+                StageProj::Handshaking { handshake } => match handshake.as_mut().poll(cx) {
+                    Poll::Ready(Some(driven)) => {
+                        this.stage.set(Stage::Serving { driven });
+                        continue;
+                    }
+                    Poll::Ready(None) => return Poll::Ready(()),
+                    Poll::Pending => {}
+                },
+                StageProj::Serving { driven } => {
+                    if driven.poll(cx).is_ready() {
+                        return Poll::Ready(());
+                    }
+                }
+            }
+            match self.as_mut().judge(cx) {
+                Verdict::Fine => return Poll::Pending,
+                Verdict::Finish(reason) => {
+                    let mut this = self.as_mut().project();
+                    *this.told = true;
+                    this.connection.hint(reason, reason.initiator());
+                    match this.stage.as_mut().project() {
+                        StageProj::Serving { driven } => driven.finish(),
+                        // The handshake has its own timeout.
+                        StageProj::Handshaking { .. } => {}
+                    }
+                }
+                Verdict::Drop(reason) => {
+                    self.connection.hint(reason, reason.initiator());
+                    return Poll::Ready(());
+                }
+            }
+        }
+    }
+}
+
+impl<C: Drive> Serving<C> {
+    /// Has this task woken when the door turns. A task's waker stays, so once is enough; the door itself
+    /// is looked at in every poll.
+    fn listen(self: Pin<&mut Self>, cx: &mut Context<'_>) {
+        let mut this = self.project();
+        loop {
+            match this.turned.as_mut().poll(cx) {
+                Poll::Pending => break,
+                // It turned once already, and may again.
+                Poll::Ready(()) => {
+                    let again = this.door.turned().clone().notified_owned();
+                    this.turned.set(again);
+                }
+            }
+        }
+        *this.listens = true;
+    }
+
+    fn judge(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Verdict {
+        if self.door.is_closing() {
+            // The notification was for this; the next one is for what comes after.
+            self.as_mut().listen(cx);
+            if self.door.is_cut() {
+                return Verdict::Drop(CloseReason::DrainDeadline);
+            }
+            if self.door.is_shut() && !self.told && self.connection.state() != ConnectionState::New
+            {
+                return Verdict::Finish(CloseReason::Shutdown);
+            }
+        }
+        let this = self.project();
+        let told = *this.told;
+        let serving = matches!(this.stage.project(), StageProj::Serving { .. });
+        let wanted = this.timeouts.wanted(this.connection, this.door, told);
+        match (wanted, &this.rest) {
+            (Some((why, _)), Some(rest)) if rest.why == why => {}
+            (Some((why, timeout)), _) => {
+                let from = match why {
+                    Why::New | Why::NewAtTheEnd => *this.accepted,
+                    _ => Instant::now(),
+                };
+                *this.rest = from.checked_add(timeout).map(|until| Rest {
+                    why,
+                    until,
+                    requests: this.connection.requests(),
+                });
+            }
+            // What is set for idleness stays set over a request; the rest is over for good.
+            (None, Some(rest)) if rest.why != Why::Idle => *this.rest = None,
+            (None, _) => {}
+        }
+        loop {
+            let until = match (&*this.rest, this.ends.filter(|_| !told)) {
+                (Some(rest), Some(ends)) => rest.until.min(ends),
+                (Some(rest), None) => rest.until,
+                (None, Some(ends)) => ends,
+                (None, None) => {
+                    *this.timer = None;
+                    return Verdict::Fine;
+                }
+            };
+            let timer = match this.timer {
+                Some(timer) => {
+                    if timer.deadline() != until {
+                        timer.as_mut().reset(until);
+                    } else if !timer.is_elapsed() {
+                        return Verdict::Fine;
+                    }
+                    timer
+                }
+                None => this.timer.insert(Box::pin(sleep_until(until))),
+            };
+            if timer.as_mut().poll(cx).is_pending() {
+                return Verdict::Fine;
+            }
+            if this.ends.is_some_and(|ends| ends <= until) && !told {
+                *this.ends = None;
+                if serving {
+                    return Verdict::Finish(CloseReason::MaxLifetime);
+                }
+                continue;
+            }
+            let Some(rest) = this.rest.take() else {
+                continue;
+            };
+            let still = wanted.is_some_and(|(why, _)| why == rest.why);
+            if !still {
+                // It works just now; the next rest is timed anew.
+                continue;
+            }
+            if rest.requests == this.connection.requests() {
+                return match rest.why {
+                    // A handshake has a timeout of its own, whoever is slow in it.
+                    Why::New | Why::NewAtTheEnd if !serving => Verdict::Fine,
+                    Why::New | Why::Head => Verdict::Drop(CloseReason::HeaderTimeout),
+                    Why::NewAtTheEnd => Verdict::Drop(CloseReason::Shutdown),
+                    Why::Idle => Verdict::Finish(CloseReason::IdleTimeout),
+                    Why::Farewell => Verdict::Drop(CloseReason::Shutdown),
+                };
+            }
+            // It did something in between, and has been idle for less.
+            let (now, timeout) = (Instant::now(), wanted.map_or(Duration::ZERO, |(_, t)| t));
+            let idle_for = this.connection.idle_for(this.connection.elapsed());
+            let left = timeout.saturating_sub(idle_for.unwrap_or_default());
+            *this.rest = now.checked_add(left).map(|until| Rest {
+                why: rest.why,
+                until,
+                requests: this.connection.requests(),
+            });
+        }
+    }
+}
+
+impl Timeouts {
+    /// For how long the connection may be as it is now, and why not longer.
+    fn wanted(&self, connection: &Connection, door: &Door, told: bool) -> Option<(Why, Duration)> {
+        match connection.state() {
+            ConnectionState::New if door.is_shut() => {
+                let timeout = self.header.map_or(FIRST_REQUEST, |t| t.min(FIRST_REQUEST));
+                Some((Why::NewAtTheEnd, timeout))
+            }
+            ConnectionState::New => self.header.map(|timeout| (Why::New, timeout)),
+            ConnectionState::Active if connection.reads_head() => {
+                self.header.map(|timeout| (Why::Head, timeout))
+            }
+            ConnectionState::Idle if told => Some((Why::Farewell, FAREWELL)),
+            ConnectionState::Idle => self.idle.map(|timeout| (Why::Idle, timeout)),
+            _ => None,
+        }
+    }
+}
