@@ -642,8 +642,8 @@ async fn so_many_handshakes_run_at_once_and_the_others_wait_in_order() {
             Some(Box::pin(tls.handshake(near, note)))
         })
         .collect();
-    for number in 0..5 {
-        assert!(poll(&mut handshakes[number]).is_none());
+    for handshake in &mut handshakes {
+        assert!(poll(handshake).is_none());
     }
     assert_eq!(*lock(&started), [0, 1]);
     assert_eq!(tls.handshakes(), 2);
@@ -667,6 +667,15 @@ async fn so_many_handshakes_run_at_once_and_the_others_wait_in_order() {
     assert_eq!(*lock(&started), [0, 1, 3, 4]);
     handshakes.clear();
     assert_eq!(tls.handshakes(), 0);
+}
+
+#[test]
+fn a_handshake_can_be_spawned() {
+    fn spawns<T: Send>(_: T) {}
+    let site = Site::new();
+    let tls = site.tls();
+    spawns(tls.handshake(duplex(64).0, || ()));
+    spawns(tls.handshake_told(duplex(64).0, || (), |_| ()));
 }
 
 #[tokio::test]
