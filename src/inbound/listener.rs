@@ -414,6 +414,42 @@ impl<L: Accept> Listener<L> {
         Ok(self.track(taken))
     }
 
+    /// The connections as a stream that never ends: for tonic's `serve_with_incoming`.
+    ///
+    /// ```
+    /// # #[cfg(feature = "tonic")]
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// use otel_conntrack::{Conntrack, ServerLayer};
+    /// use tonic::{service::Routes, transport::Server};
+    ///
+    /// let conntrack = Conntrack::builder().build()?;
+    /// let listener = conntrack.listener("grpc").http().bind("127.0.0.1:0").await?;
+    /// let drain = listener.drain_handle();
+    /// let server = Server::builder()
+    ///     .layer(ServerLayer::new())
+    ///     .add_routes(Routes::default())
+    ///     .serve_with_incoming_shutdown(listener.incoming(), drain.signal());
+    /// let server = tokio::spawn(server);
+    ///
+    /// // On SIGTERM:
+    /// let report = drain.drain(Duration::from_secs(10)).await;
+    /// assert!(report.is_clean());
+    /// server.await??;
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "tonic"))] fn main() {}
+    /// ```
+    pub fn incoming(
+        self,
+    ) -> impl futures_util::Stream<Item = io::Result<TrackedIo<L::Io>>> + use<L> {
+        futures_util::stream::unfold(self, async |mut listener| {
+            let (stream, _) = listener.accept().await;
+            Some((Ok(stream), listener))
+        })
+    }
+
     fn track(&self, taken: Taken<L>) -> (TrackedIo<L::Io>, L::Addr) {
         let Taken { io, place, address } = taken;
         let (local, peer) = (io.local_endpoint(), io.peer_endpoint());

@@ -338,7 +338,10 @@ where
     T: AsyncRead + AsyncWrite + Unpin,
 {
     let record = io.record();
-    match tls.handshake(io, || handshake.begins()).await {
+    // The first reason wins, and a refused client is sent an alert and a farewell after it is known.
+    let refused = record.clone();
+    let told = |reason| crate::record::recorder::Handshake::refused(&refused.0, reason);
+    match tls.handshake_told(io, || handshake.begins(), told).await {
         Ok(handshaken) => {
             handshake.done(handshaken.facts);
             Some(ServerIo::secure(handshaken.stream, record))

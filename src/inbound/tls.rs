@@ -470,7 +470,6 @@ impl Drop for Look {
 
 /// A client whose handshake is done.
 #[derive(Debug)]
-#[allow(dead_code, reason = "for the server")]
 pub(crate) struct Handshaken<T> {
     pub(crate) stream: TlsStream<T>,
     pub(crate) facts: TlsFacts,
@@ -484,7 +483,6 @@ pub(crate) struct Handshaken<T> {
 /// also before it said a word. `tls_handshake_failed`: all else, as plain HTTP, an old version, no
 /// common protocol, or a client that does not trust this server.
 #[derive(Debug)]
-#[allow(dead_code, reason = "for the server")]
 pub(crate) struct HandshakeError {
     pub(crate) reason: FailureReason,
     /// What the client asked for, if it came to that.
@@ -492,7 +490,6 @@ pub(crate) struct HandshakeError {
     pub(crate) source: io::Error,
 }
 
-#[allow(dead_code, reason = "for the server")]
 impl ServerTls {
     /// Waits for a place and makes the handshake; `started` is called between the two.
     ///

@@ -641,6 +641,11 @@ impl Connection {
         self.facts().reads_head(self.state(), self.in_flight())
     }
 
+    /// One of the two said that no request follows the one that was served.
+    pub(crate) fn was_last(&self) -> bool {
+        self.facts().was_last()
+    }
+
     /// Takes a step of the machine of states; the caller carries the changes out, under the same lock.
     fn step(&self, input: Input<'_>) -> Changes {
         let mut states = States {

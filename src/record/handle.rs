@@ -103,8 +103,15 @@ impl ConnectionGuard {
 
     pub(crate) fn local_shutdown(&self) {
         if self.connection.hinted().is_none() {
-            self.connection
-                .hint(CloseReason::Shutdown, Initiator::Local);
+            // A server that ends a connection with a request half read did not understand it.
+            let reason = if self.connection.reads_head() {
+                CloseReason::ProtocolError
+            } else if self.connection.was_last() {
+                CloseReason::ConnectionClose
+            } else {
+                CloseReason::Shutdown
+            };
+            self.connection.hint(reason, Initiator::Local);
             self.connection.moment(Moment::LocalShutdown);
         }
     }

@@ -606,6 +606,15 @@ impl Handshake {
         self.end(name, Err(reason));
     }
 
+    /// It is known why the handshake fails, and that the connection is closed for it.
+    pub(crate) fn refused(connection: &Connection, reason: FailureReason) {
+        let initiator = match reason {
+            FailureReason::ConnectionReset => Initiator::Remote,
+            _ => Initiator::Local,
+        };
+        connection.hint(CloseReason::TlsHandshakeFailed, initiator);
+    }
+
     fn end(&mut self, name: Option<&Arc<str>>, outcome: Result<(), FailureReason>) {
         if std::mem::replace(&mut self.ended, true) {
             return;
@@ -622,11 +631,7 @@ impl Handshake {
             }
         }
         if let Err(reason) = outcome {
-            let initiator = match reason {
-                FailureReason::ConnectionReset => Initiator::Remote,
-                _ => Initiator::Local,
-            };
-            connection.hint(CloseReason::TlsHandshakeFailed, initiator);
+            Self::refused(connection, reason);
             let _ = connection.failed.set((reason, connection.elapsed()));
         }
         let phases = connection.take_phases();

@@ -93,9 +93,18 @@ impl Facts {
         self.has(Self::FED) && !self.has(Self::TWO)
     }
 
+    /// One of the two said that no other request is taken.
+    pub(crate) const fn was_last(self) -> bool {
+        self.has(Self::LAST)
+    }
+
     /// A request was begun to be read, and not handed over yet.
     pub(crate) const fn reads_head(self, state: ConnectionState, running: u32) -> bool {
-        matches!(state, Active) && running == 0 && !self.has(Self::TWO | Self::ANSWERED)
+        // Also one that is being turned down: nothing was called.
+        matches!(state, Active)
+            && running == 0
+            && !self.has(Self::TWO | Self::OPAQUE | Self::ANSWERED | Self::LAST)
+            && self.has(Self::FED)
     }
 }
 

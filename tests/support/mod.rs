@@ -17,6 +17,8 @@ pub mod otel;
 #[cfg(feature = "net")]
 pub mod peers;
 pub mod receiver;
+#[cfg(all(feature = "server", feature = "axum", feature = "tonic"))]
+pub mod site;
 #[cfg(feature = "tls")]
 pub mod tls;
 #[cfg(feature = "net")]
