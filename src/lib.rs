@@ -131,6 +131,11 @@ pub use event::{
 };
 #[cfg(feature = "net")]
 pub use inbound::listener::{Accept, Listener, ListenerBuilder, SocketOptions, WhenFull};
+#[cfg(feature = "net")]
+pub use inbound::tracker::{
+    ComposedTrackers, ConnTracker, InboundConnection, SharedTracker, StateStats, StateTracker,
+    StatsTracker, TrackerObserver, compose_trackers, tracker_observer, wrap_tracker,
+};
 pub use io::{Endpoints, TrackedIo};
 pub use observer::{ChannelObserver, Composed, EventReceiver, Hooks, Observer, channel, compose};
 #[cfg(feature = "hyper")]

@@ -19,6 +19,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::config::{ConfigError, Declaration};
 use crate::event::{AcceptErrorReason, Direction, Endpoint, RejectReason};
+use crate::inbound::tracker::{SharedTracker, StateTracker, tracker_observer};
 use crate::io::{Endpoints, TrackedIo};
 use crate::record::{Recorder, Scope};
 use crate::socket::Keepalive;
@@ -140,6 +141,7 @@ pub struct ListenerBuilder {
     options: SocketOptions,
     max_connections: Option<usize>,
     when_full: WhenFull,
+    trackers: Vec<SharedTracker>,
 }
 
 impl ListenerBuilder {
@@ -149,6 +151,7 @@ impl ListenerBuilder {
             options: SocketOptions::default(),
             max_connections: None,
             when_full: WhenFull::Wait,
+            trackers: Vec::new(),
         }
     }
 
@@ -187,6 +190,34 @@ impl ListenerBuilder {
     /// What happens beyond `max_connections`. Default: [`WhenFull::Wait`].
     pub const fn when_full(mut self, when_full: WhenFull) -> Self {
         self.when_full = when_full;
+        self
+    }
+
+    /// Tells a [`StateTracker`] the states of this name's connections. Default: none.
+    ///
+    /// Called several times, each is told, in this order, after the observers of the `Conntrack` (Go:
+    /// `httptrack.Wrap`). It is told from [`bind`](Self::bind) or [`wrap`](Self::wrap) on, and belongs
+    /// to the name: it stays for as long as the `Conntrack` does, and is told of another listener of
+    /// the name, too. So give each tracker once per name, or it is told twice.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use otel_conntrack::{ConnectionState, Conntrack, InboundConnection};
+    ///
+    /// let conntrack = Conntrack::builder().build()?;
+    /// let mut listener = conntrack
+    ///     .listener("http")
+    ///     .state_tracker(|connection: &InboundConnection, state: ConnectionState| {
+    ///         println!("{} {}: {state}", connection.listener, connection.id);
+    ///     })
+    ///     .bind("127.0.0.1:0")
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn state_tracker(mut self, tracker: impl StateTracker) -> Self {
+        self.trackers.push(Arc::new(tracker));
         self
     }
 
@@ -247,6 +278,9 @@ impl ListenerBuilder {
         let scope = self
             .declaration
             .scope(Direction::Inbound, "listener name")?;
+        for tracker in self.trackers {
+            scope.observe(Arc::new(tracker_observer(tracker)));
+        }
         Ok(Listener {
             inner: listener,
             recorder: self.declaration.recorder,
