@@ -200,6 +200,9 @@ impl ListenerBuilder {
     /// to the name: it stays for as long as the `Conntrack` does, and is told of another listener of
     /// the name, too. So give each tracker once per name, or it is told twice.
     ///
+    /// While anybody is told, each change of state takes the lock of the name, so connections of one
+    /// busy name meet there.
+    ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
     /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -127,6 +127,13 @@ pub trait StateTracker: Send + Sync + 'static {
 
 /// A tracker behind a pointer, whichever it is: what [`wrap_tracker`] keeps and
 /// [`compose_trackers`] takes when its trackers are of different types.
+///
+/// ```
+/// use std::sync::Arc;
+/// use otel_conntrack::{ConnTracker, SharedTracker, StatsTracker};
+///
+/// let both: [SharedTracker; 2] = [Arc::new(StatsTracker::default()), Arc::new(ConnTracker::default())];
+/// ```
 pub type SharedTracker = Arc<dyn StateTracker>;
 
 impl<F> StateTracker for F
