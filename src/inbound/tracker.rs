@@ -12,7 +12,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -640,9 +639,8 @@ impl ConnTracker {
     pub async fn wait(&self) {
         let mut then = None;
         loop {
-            // First in line, then the look: what happens after the look is not missed.
-            let mut none_left = pin!(self.0.none_left.notified());
-            none_left.as_mut().enable();
+            // First in line, then the look: a call counts from here on, before any poll.
+            let none_left = self.0.none_left.notified();
             {
                 let left = lock(&self.0.left);
                 // A call may still be on its way from before we came, so the call alone says nothing.
