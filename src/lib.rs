@@ -141,6 +141,11 @@ pub use inbound::serve::{Server, ServerBuilder, ServerIo};
 pub use inbound::service::{ServerBody, ServerFuture, ServerLayer, ServerService};
 #[cfg(feature = "tls")]
 pub use inbound::tls::{ServerTls, ServerTlsBuilder, enable_http2, server_config};
+#[cfg(feature = "net")]
+pub use inbound::tracker::{
+    ComposedTrackers, ConnTracker, InboundConnection, SharedTracker, StateStats, StateTracker,
+    StatsTracker, TrackerObserver, compose_trackers, tracker_observer, wrap_tracker,
+};
 pub use io::{Endpoints, TrackedIo};
 pub use observer::{ChannelObserver, Composed, EventReceiver, Hooks, Observer, channel, compose};
 #[cfg(feature = "hyper")]

@@ -115,6 +115,7 @@ async fn a_head_in_pieces(site: &mut Site) {
     site.goes_through(&[&[New, Active, Idle]]).await;
 }
 
+#[allow(clippy::needless_pass_by_ref_mut, reason = "as every case")]
 async fn pipelined_requests(site: &mut Site) {
     let mut client = site.send(&[GET, GET, GET].concat()).await;
     let mut answers = String::new();

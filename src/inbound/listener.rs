@@ -21,6 +21,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::config::{ConfigError, Declaration};
 use crate::event::{AcceptErrorReason, Direction, Endpoint, RejectReason};
 use crate::inbound::drain::{Door, DrainHandle};
+use crate::inbound::tracker::{SharedTracker, StateTracker, tracker_observer};
 use crate::io::{Endpoints, TrackedIo};
 use crate::record::handle::ConnectionGuard;
 #[cfg(all(feature = "server", feature = "tls"))]
@@ -147,6 +148,7 @@ pub struct ListenerBuilder {
     max_connections: Option<usize>,
     when_full: WhenFull,
     http: Option<Spoken>,
+    trackers: Vec<SharedTracker>,
 }
 
 impl ListenerBuilder {
@@ -157,6 +159,7 @@ impl ListenerBuilder {
             max_connections: None,
             when_full: WhenFull::Wait,
             http: None,
+            trackers: Vec::new(),
         }
     }
 
@@ -211,6 +214,37 @@ impl ListenerBuilder {
     /// What happens beyond `max_connections`. Default: [`WhenFull::Wait`].
     pub const fn when_full(mut self, when_full: WhenFull) -> Self {
         self.when_full = when_full;
+        self
+    }
+
+    /// Tells a [`StateTracker`] the states of this name's connections. Default: none.
+    ///
+    /// Called several times, each is told, in this order, after the observers of the `Conntrack` (Go:
+    /// `httptrack.Wrap`). It is told from [`bind`](Self::bind) or [`wrap`](Self::wrap) on, and belongs
+    /// to the name: it stays for as long as the `Conntrack` does, and is told of another listener of
+    /// the name, too. So give each tracker once per name, or it is told twice.
+    ///
+    /// While anybody is told, each change of state takes the lock of the name, so connections of one
+    /// busy name meet there.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use otel_conntrack::{ConnectionState, Conntrack, InboundConnection};
+    ///
+    /// let conntrack = Conntrack::builder().build()?;
+    /// let mut listener = conntrack
+    ///     .listener("http")
+    ///     .state_tracker(|connection: &InboundConnection, state: ConnectionState| {
+    ///         println!("{} {}: {state}", connection.listener, connection.id);
+    ///     })
+    ///     .bind("127.0.0.1:0")
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn state_tracker(mut self, tracker: impl StateTracker) -> Self {
+        self.trackers.push(Arc::new(tracker));
         self
     }
 
@@ -271,6 +305,9 @@ impl ListenerBuilder {
         let scope = self
             .declaration
             .scope(Direction::Inbound, "listener name")?;
+        for tracker in self.trackers {
+            scope.observe(Arc::new(tracker_observer(tracker)));
+        }
         Ok(Listener {
             inner: listener,
             recorder: self.declaration.recorder,

@@ -7,11 +7,13 @@
 //! - [`serve`] is the server on top, with one [`serving`] future per connection.
 //! - [`service`] shows a connection's requests, whoever serves them; [`axum`](mod@axum) makes the
 //!   listener one for `axum::serve`.
+//! - [`tracker`] tells the states of accepted connections, as Go's `ConnState` does.
 
 pub(crate) mod drain;
 pub(crate) mod listener;
 #[cfg(feature = "tls")]
 pub(crate) mod tls;
+pub(crate) mod tracker;
 
 #[cfg(feature = "axum")]
 pub(crate) mod axum;

@@ -487,6 +487,10 @@ pub(crate) struct HandshakeError {
     pub(crate) reason: FailureReason,
     /// What the client asked for, if it came to that.
     pub(crate) server_name: Option<Arc<str>>,
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "for whoever looks at it while debugging")
+    )]
     pub(crate) source: io::Error,
 }
 
@@ -499,6 +503,7 @@ impl ServerTls {
     /// # Errors
     ///
     /// See [`HandshakeError`].
+    #[cfg(test)]
     pub(crate) async fn handshake<T>(
         &self,
         io: T,
@@ -575,6 +580,7 @@ impl ServerTls {
     }
 
     /// How many handshakes run now.
+    #[cfg(test)]
     pub(crate) fn handshakes(&self) -> usize {
         self.0.max_handshakes - self.0.places.available_permits()
     }
