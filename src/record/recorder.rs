@@ -462,6 +462,37 @@ impl Recorder {
             .collect()
     }
 
+    /// Of these the first by id, after this one; and the last that was looked at, if there were any. One
+    /// that is closed meanwhile is missing.
+    pub(crate) fn live_after(
+        &self,
+        after: Option<ConnectionId>,
+        limit: usize,
+    ) -> (Vec<Arc<Connection>>, Option<ConnectionId>) {
+        let instance = self.0.instance;
+        let after = after.map_or(0, |id| id.number);
+        let scopes = self.scopes();
+        let mut ids = Vec::new();
+        for (n, scope) in scopes.iter().enumerate() {
+            scope.each_live(|id| {
+                if id > after {
+                    ids.push((id, n));
+                }
+            });
+        }
+        if limit < ids.len() {
+            ids.select_nth_unstable(limit);
+            ids.truncate(limit);
+        }
+        ids.sort_unstable();
+        let id = |(number, _): &(u64, usize)| ConnectionId {
+            instance,
+            number: *number,
+        };
+        let found = ids.iter().filter_map(|at| scopes[at.1].find(id(at)));
+        (found.collect(), ids.last().map(id))
+    }
+
     pub(crate) fn history(&self) -> Vec<ConnectionSnapshot> {
         let closed: Vec<_> = lock(&self.0.history).iter().cloned().collect();
         closed

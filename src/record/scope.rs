@@ -425,6 +425,13 @@ impl Scope {
         self.shard(id).live.get(&id.number).cloned()
     }
 
+    /// The number of every connection of this scope that is not closed, in no order.
+    pub(crate) fn each_live(&self, mut each: impl FnMut(u64)) {
+        for shard in &self.shards {
+            lock(&shard.0).live.keys().for_each(|id| each(*id));
+        }
+    }
+
     /// Every connection of this scope that is not closed, by id.
     pub(crate) fn live(&self) -> Vec<Arc<Connection>> {
         let mut live = Vec::new();

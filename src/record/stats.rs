@@ -415,3 +415,15 @@ pub struct ConnectionSnapshot {
     /// Why its set-up failed, if it did.
     pub failed: Option<FailureReason>,
 }
+
+impl ConnectionSnapshot {
+    /// Whether it belongs in a list of what is open or being set up. One that was closed since the list
+    /// was made is in the history, and one that is being accepted in this moment is not counted yet.
+    pub(crate) fn is_there(&self) -> bool {
+        match self.state {
+            ConnectionState::Closed => false,
+            ConnectionState::Connecting => self.direction == Direction::Outbound,
+            _ => true,
+        }
+    }
+}
