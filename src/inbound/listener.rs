@@ -20,6 +20,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::config::{ConfigError, Declaration};
 use crate::event::{AcceptErrorReason, Direction, Endpoint, RejectReason};
 use crate::io::{Endpoints, TrackedIo};
+use crate::record::accept_queue::ListenGuard;
 use crate::record::{Recorder, Scope};
 use crate::socket::Keepalive;
 
@@ -73,6 +74,16 @@ pub trait Accept {
     /// The system's.
     fn local_addr(&self) -> io::Result<Self::Addr>;
 
+    /// Its listening TCP socket, for [`ScopeStats::accept_queue`](crate::ScopeStats::accept_queue).
+    /// Default: none, so there is none.
+    ///
+    /// It must be the listener's until that is dropped: a listener that can change its socket says
+    /// none.
+    #[cfg(unix)]
+    fn socket(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        None
+    }
+
     /// Sets TCP options on a stream that was just accepted. Default: none, for what is not TCP.
     fn configure(_io: &Self::Io, _options: &SocketOptions) {}
 }
@@ -94,6 +105,11 @@ impl Accept for TcpListener {
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
         self.local_addr()
+    }
+
+    #[cfg(unix)]
+    fn socket(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        Some(std::os::fd::AsFd::as_fd(self))
     }
 
     fn configure(io: &TcpStream, options: &SocketOptions) {
@@ -248,15 +264,29 @@ impl ListenerBuilder {
             .declaration
             .scope(Direction::Inbound, "listener name")?;
         Ok(Listener {
+            _door: door(&scope, &listener),
             inner: listener,
             recorder: self.declaration.recorder,
             scope,
             options: self.options,
             places,
+            limit: self.max_connections.unwrap_or_default() as u64,
             when_full: self.when_full,
+            full: false,
             pause: None,
         })
     }
+}
+
+/// Shows a listener's accept queue to its scope.
+#[cfg_attr(not(unix), allow(unused_variables))]
+fn door<L: Accept>(scope: &Arc<Scope>, listener: &L) -> ListenGuard {
+    #[cfg(unix)]
+    if let Some(socket) = listener.socket() {
+        use std::os::fd::AsRawFd;
+        return ListenGuard::new(scope, socket.as_raw_fd());
+    }
+    ListenGuard::NONE
 }
 
 fn cannot_bind(address: &str, error: io::Error) -> ConfigError {
@@ -292,12 +322,18 @@ fn cannot_bind(address: &str, error: io::Error) -> ConfigError {
 /// # }
 /// ```
 pub struct Listener<L = TcpListener> {
+    // Field order matters: the record forgets the socket, then the socket is closed.
+    _door: ListenGuard,
     inner: L,
     recorder: Recorder,
     scope: Arc<Scope>,
     options: SocketOptions,
     places: Option<Arc<Semaphore>>,
+    limit: u64,
     when_full: WhenFull,
+    /// It waits for a place, and that was told. An accept that is given up and begun again is the same
+    /// wait.
+    full: bool,
     /// The last pause after a shortage; none since the last success.
     pause: Option<Duration>,
 }
@@ -351,7 +387,19 @@ impl<L: Accept> Listener<L> {
         loop {
             // Waiting for a place comes before accepting, so that a cancel loses no connection.
             let place = match (&self.places, self.when_full) {
-                (Some(places), WhenFull::Wait) => places.clone().acquire_owned().await.ok(),
+                (Some(places), WhenFull::Wait) => {
+                    let place = match places.clone().try_acquire_owned() {
+                        Ok(place) => Some(place),
+                        Err(_) => {
+                            if !std::mem::replace(&mut self.full, true) {
+                                self.recorder.max_connections_hit(&self.scope, self.limit);
+                            }
+                            places.clone().acquire_owned().await.ok()
+                        }
+                    };
+                    self.full = false;
+                    place
+                }
                 _ => None,
             };
             let (io, address) = match poll_fn(|cx| self.inner.poll_accept(cx)).await {
@@ -386,6 +434,7 @@ impl<L: Accept> Listener<L> {
     fn reject(&self, io: L::Io) {
         let peer: Option<Endpoint> = io.peer_endpoint();
         drop(io);
+        self.recorder.max_connections_hit(&self.scope, self.limit);
         self.recorder
             .rejected(&self.scope, RejectReason::MaxConnections, peer);
     }

@@ -232,6 +232,11 @@ impl Connection {
         self.requests.load(Relaxed)
     }
 
+    /// Requests are seen on it, or none came where they would have been: a server of HTTP had it.
+    pub(crate) fn requests_seen(&self) -> bool {
+        self.requests() > 0 || (self.facts().is_served() && self.failed.get().is_none())
+    }
+
     pub(crate) fn in_flight(&self) -> u32 {
         self.in_flight.load(Relaxed)
     }

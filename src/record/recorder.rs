@@ -249,6 +249,7 @@ impl Recorder {
         local: Option<Endpoint>,
         peer: Option<Endpoint>,
     ) -> (ConnectionGuard, Handshake) {
+        scope.see_tls();
         let (connection, state) = self.accept(scope, local, peer, Some(Spoken::Http));
         connection.opened(state, None);
         let handshake = Handshake {
@@ -270,6 +271,7 @@ impl Recorder {
         let connection = Connection::new(self.next_id(), scope.clone(), None, 0);
         let state = match http {
             Some(spoken) => {
+                scope.see_states();
                 connection.serves_http(spoken == Spoken::MaybeTls);
                 ConnectionState::New
             }
@@ -302,6 +304,17 @@ impl Recorder {
                 reason,
                 peer,
             });
+        });
+    }
+
+    /// A listener has as many connections as it may have, and somebody wants one more.
+    pub(crate) fn max_connections_hit(&self, scope: &Scope, limit: u64) {
+        scope.transition(|t| {
+            let counts = t.counts();
+            counts.limit_hits += 1;
+            let open = counts.open;
+            let kind = || ConnectionEventKind::MaxConnectionsHit { limit, open };
+            t.emit(None, SystemTime::now, kind);
         });
     }
 

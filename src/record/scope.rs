@@ -26,6 +26,7 @@ use crate::event::{
     ConnectionState, Direction, FailureReason, IoLayer, ProtocolVersion, RejectReason, Target,
 };
 use crate::observer::{Composed, Observer};
+use crate::record::accept_queue::Doors;
 use crate::record::outbox::Outbox;
 use crate::record::stats::{Drops, HostStats, ScopeStats};
 use crate::record::{Connection, lock};
@@ -40,6 +41,8 @@ const NO_SPANS: u8 = 2;
 const NO_METRICS: u8 = 4;
 const REQUESTS_SEEN: u8 = 8;
 const TRACKED: u8 = 16;
+const STATES_SEEN: u8 = 32;
+const TLS_SEEN: u8 = 64;
 
 /// Where a host's counts stand in its scope. Slot 0 is "no host", for a listener; then come the
 /// learned ones, then `_other`.
@@ -62,6 +65,8 @@ pub(crate) struct Scope {
     orphans: AtomicU64,
     /// TLS handshakes of accepted connections under way.
     handshakes: AtomicI64,
+    /// The listening sockets.
+    doors: Doors,
     /// Told when a connection of it is closed, or such a request is over.
     rest: Notify,
     observers: Composed,
@@ -79,6 +84,7 @@ pub(crate) struct Counts {
     pub(crate) accepted: u64,
     pub(crate) accept_errors: [u64; AcceptErrorReason::COUNT],
     pub(crate) rejected: [u64; RejectReason::COUNT],
+    pub(crate) limit_hits: u64,
     pub(crate) closed: [u64; CloseReason::COUNT],
     pub(crate) connecting: u64,
     pub(crate) open: u64,
@@ -213,6 +219,7 @@ impl Scope {
             shards: (0..SHARDS).map(|_| Padded::default()).collect(),
             orphans: AtomicU64::new(0),
             handshakes: AtomicI64::new(0),
+            doors: Doors::default(),
             rest: Notify::new(),
             observers,
             trackers: RwLock::default(),
@@ -256,6 +263,31 @@ impl Scope {
     #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
     pub(crate) fn requests_seen(&self) -> bool {
         self.switches.load(Ordering::Relaxed) & REQUESTS_SEEN != 0
+    }
+
+    /// A server speaks HTTP on its connections, so that all their states are seen.
+    pub(crate) fn see_states(&self) {
+        self.switch_on(STATES_SEEN);
+    }
+
+    pub(crate) fn states_seen(&self) -> bool {
+        self.switches.load(Ordering::Relaxed) & STATES_SEEN != 0
+    }
+
+    /// We make the TLS handshakes of its accepted connections.
+    pub(crate) fn see_tls(&self) {
+        self.switch_on(TLS_SEEN);
+    }
+
+    pub(crate) fn tls_seen(&self) -> bool {
+        self.switches.load(Ordering::Relaxed) & TLS_SEEN != 0
+    }
+
+    /// Once on it stays on: each connection asks for it, and all but the first only read.
+    fn switch_on(&self, bit: u8) {
+        if self.switches.load(Ordering::Relaxed) & bit == 0 {
+            self.switch(bit, true);
+        }
     }
 
     fn switch(&self, bit: u8, on: bool) {
@@ -364,6 +396,11 @@ impl Scope {
     /// One more TLS handshake, or one less. Relaxed: it guards nothing.
     pub(crate) fn handshakes(&self, change: i64) {
         self.handshakes.fetch_add(change, Ordering::Relaxed);
+    }
+
+    /// The listening sockets.
+    pub(crate) const fn doors(&self) -> &Doors {
+        &self.doors
     }
 
     // === rest: what a drain waits for ===
@@ -476,6 +513,8 @@ impl Scope {
         let handshakes = self.handshakes.load(Ordering::Relaxed);
         stats.tls_handshakes = u64::try_from(handshakes).unwrap_or(0);
         stats.set_states(&states);
+        // System calls, so under no lock of ours but their own.
+        stats.accept_queue = self.doors.queue();
         for shard in &self.shards {
             let shard = lock(&shard.0);
             for (slot, host) in shard.hosts.iter().enumerate() {
