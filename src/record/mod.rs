@@ -34,6 +34,7 @@
 )]
 
 pub(crate) mod accept_queue;
+pub(crate) mod cells;
 pub(crate) mod close_watch;
 pub(crate) mod connection;
 pub(crate) mod handle;

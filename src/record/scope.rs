@@ -27,6 +27,7 @@ use crate::event::{
 };
 use crate::observer::{Composed, Observer};
 use crate::record::accept_queue::Doors;
+use crate::record::cells::Cells;
 use crate::record::outbox::Outbox;
 use crate::record::stats::{Drops, HostStats, ScopeStats};
 use crate::record::{Connection, lock};
@@ -131,6 +132,8 @@ struct Padded(Mutex<Shard>);
 #[derive(Default)]
 pub(crate) struct Shard {
     live: HashMap<u64, Arc<Connection>>,
+    /// What its connections count of themselves.
+    pub(crate) cells: Cells,
     /// Requests that began on this shard's connections.
     pub(crate) requests: u64,
     /// By host slot.
@@ -446,6 +449,7 @@ impl Scope {
             let host = shard.host(connection.host_slot);
             host.closed_bytes[0] += read;
             host.closed_bytes[1] += written;
+            connection.cell.stop_counting();
         }
         drop(shard);
         // The last reference may be `removed`: it is freed here, after unlock.
@@ -516,14 +520,13 @@ impl Scope {
         // System calls, so under no lock of ours but their own.
         stats.accept_queue = self.doors.queue();
         for shard in &self.shards {
-            let shard = lock(&shard.0);
+            let mut shard = lock(&shard.0);
             for (slot, host) in shard.hosts.iter().enumerate() {
                 stats.add_bytes(slot, host.closed_bytes[0], host.closed_bytes[1]);
             }
-            for connection in shard.live.values() {
-                let (read, written) = connection.bytes();
-                stats.add_bytes(connection.host_slot as usize, read, written);
-            }
+            shard.cells.look(|slot, read, written| {
+                stats.add_bytes(slot as usize, read, written);
+            });
         }
         stats
     }
