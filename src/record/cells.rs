@@ -222,6 +222,52 @@ mod tests {
         assert_eq!(seen(&mut cells).len(), 1_000);
     }
 
+    /// With a history of none, so that records go as soon as they can, and their cells are used again.
+    #[test]
+    fn bytes_are_in_one_place_while_connections_come_and_go() {
+        use std::sync::atomic::Ordering::Relaxed;
+
+        use crate::event::Direction;
+        use crate::observer::Composed;
+        use crate::record::Recorder;
+
+        const THREADS: u64 = 3;
+        const EACH: u64 = 2_000;
+        let recorder = Recorder::new(Composed::default(), 0, Arc::default());
+        let scope = recorder.declared(Direction::Inbound, "http");
+        let left = AtomicU64::new(THREADS);
+        std::thread::scope(|threads| {
+            for _ in 0..THREADS {
+                threads.spawn(|| {
+                    let mut open = std::collections::VecDeque::new();
+                    for n in 0..EACH {
+                        let mut guard = recorder.accepted(&scope, None, None, None);
+                        guard.read(3);
+                        open.push_back(guard);
+                        if n % 50 > 40 {
+                            drop(open.pop_front());
+                        }
+                        if n % 500 == 499 {
+                            open.clear();
+                        }
+                    }
+                    drop(open);
+                    left.fetch_sub(1, Relaxed);
+                });
+            }
+            let mut before = 0;
+            while left.load(Relaxed) > 0 {
+                let now = scope.stats().bytes_read;
+                assert!(now >= before && now <= THREADS * EACH * 3);
+                before = now;
+            }
+        });
+        let stats = scope.stats();
+        assert_eq!((stats.open, stats.bytes_read), (0, THREADS * EACH * 3));
+        let hosts: u64 = stats.hosts.iter().map(|host| host.bytes_read).sum();
+        assert_eq!(hosts, stats.bytes_read);
+    }
+
     #[test]
     fn a_chunk_that_nobody_is_in_is_let_go_at_a_look() {
         let mut cells = Cells::default();
