@@ -349,7 +349,7 @@ fn many(connections: usize, sockets: usize) {
         }
         for _ in sockets..connections {
             let (mut ours, theirs) = tokio::io::duplex(512);
-            sender.send(theirs).await.ok().expect("it accepts");
+            sender.send(theirs).await.expect("it accepts");
             ask(&mut ours).await;
             pipes.push(ours);
         }

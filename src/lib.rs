@@ -161,6 +161,7 @@ pub use outbound::http_dialer::HttpIo;
 pub use outbound::name::DialName;
 #[cfg(feature = "net")]
 pub use outbound::resolve::{Resolve, Resolving, SystemResolver};
+pub use record::accept_queue::AcceptQueue;
 pub use record::close_watch::{CloseWatchSource, CloseWatchStats};
 pub use record::handle::{ConnectionRecord, RequestGuard};
 pub use record::pool::{PoolHostStats, PoolLimits, PoolStats};

@@ -160,6 +160,13 @@ impl<L: Accept, S> ServerBuilder<L, S> {
                 return Err(ConfigError::new(setting, "0ns", help));
             }
         }
+        // From here on a zero is a fact.
+        let scope = self.listener.scope();
+        scope.see_states();
+        #[cfg(feature = "tls")]
+        if self.tls.is_some() {
+            scope.see_tls();
+        }
         Ok(Server { builder: self })
     }
 }
@@ -332,25 +339,18 @@ fn jittered(lifetime: Duration, record: &ConnectionRecord) -> Duration {
 async fn secured<T>(
     tls: crate::ServerTls,
     io: TrackedIo<T>,
-    mut handshake: crate::record::recorder::Handshake,
+    handshake: crate::record::recorder::HandshakeHandle,
 ) -> Option<ServerIo<T>>
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
     let record = io.record();
-    // The first reason wins, and a refused client is sent an alert and a farewell after it is known.
-    let refused = record.clone();
-    let told = |reason| crate::record::recorder::Handshake::refused(&refused.0, reason);
-    match tls.handshake_told(io, || handshake.begins(), told).await {
-        Ok(handshaken) => {
-            handshake.done(handshaken.facts);
-            Some(ServerIo::secure(handshaken.stream, record))
-        }
-        Err(error) => {
-            handshake.failed(error.reason, error.server_name.as_ref());
-            None
-        }
-    }
+    // A refused client is sent an alert and a farewell; the reason is known before.
+    let failed = |reason, name: Option<&Arc<str>>| handshake.failed(reason, name);
+    let handshaken = tls.handshake_told(io, || handshake.begins(), failed).await;
+    let handshaken = handshaken.ok()?;
+    handshake.done(handshaken.facts);
+    Some(ServerIo::secure(handshaken.stream, record))
 }
 
 impl<I, S, B> Drive for auto::UpgradeableConnection<'static, I, S, TokioExecutor>

@@ -483,14 +483,14 @@ pub(crate) struct Handshaken<T> {
 /// also before it said a word. `tls_handshake_failed`: all else, as plain HTTP, an old version, no
 /// common protocol, or a client that does not trust this server.
 #[derive(Debug)]
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "its reader is told in `failed`")
+)]
 pub(crate) struct HandshakeError {
     pub(crate) reason: FailureReason,
     /// What the client asked for, if it came to that.
     pub(crate) server_name: Option<Arc<str>>,
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "for whoever looks at it while debugging")
-    )]
     pub(crate) source: io::Error,
 }
 
@@ -512,16 +512,16 @@ impl ServerTls {
     where
         T: AsyncRead + AsyncWrite + Unpin,
     {
-        self.handshake_told(io, started, |_| ()).await
+        self.handshake_told(io, started, |_, _| ()).await
     }
 
-    /// As [`handshake`](Self::handshake), and `failed` is called when the reason is known and the
-    /// stream is still there: who tracks the stream can say why it ends before it sees that it ends.
+    /// The same, and `failed` is called when the reason is known and the stream is still there: who
+    /// tracks the stream can say why it ends before it sees that it ends.
     pub(crate) async fn handshake_told<T>(
         &self,
         io: T,
         started: impl FnOnce(),
-        failed: impl FnOnce(FailureReason),
+        failed: impl FnOnce(FailureReason, Option<&Arc<str>>),
     ) -> Result<Handshaken<T>, HandshakeError>
     where
         T: AsyncRead + AsyncWrite + Unpin,
@@ -538,7 +538,7 @@ impl ServerTls {
         };
         // tokio's semaphore is fair; it is never closed.
         let Ok(_place) = timeout_at(deadline, inner.places.acquire()).await else {
-            failed(FailureReason::TimedOut);
+            failed(FailureReason::TimedOut, None);
             return Err(late(format!(
                 "no place for a TLS handshake in {:?}: {} run at once (tls max_handshakes)",
                 inner.handshake_timeout, inner.max_handshakes
@@ -556,7 +556,7 @@ impl ServerTls {
             }
             Ok(Err((source, io))) => {
                 let reason = reason(&source);
-                failed(reason);
+                failed(reason, server_name.get());
                 if let Some(io) = io.filter(|_| alerted(&source)) {
                     farewell(io, deadline).await;
                 }
@@ -567,7 +567,7 @@ impl ServerTls {
                 })
             }
             Err(_) => {
-                failed(FailureReason::TimedOut);
+                failed(FailureReason::TimedOut, server_name.get());
                 Err(HandshakeError {
                     server_name: server_name.get().cloned(),
                     ..late(format!(

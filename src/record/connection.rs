@@ -7,7 +7,7 @@
 //! written only under the lock of the connection's shard, and read with relaxed order outside of
 //! it: a reader that needs them to agree uses [`snapshot`](Connection::snapshot).
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -15,6 +15,7 @@ use crate::event::{
     CloseReason, ConnectionEventKind, ConnectionId, ConnectionState, Endpoint, FailureReason,
     Initiator, ProtocolVersion, Target, TcpInfo, TlsFacts, TraceRef,
 };
+use crate::record::cells::CellRef;
 use crate::record::scope::{HostSlot, Shard};
 use crate::record::socket_slot::SocketSlot;
 use crate::record::states::{Changes, Facts, Input, States};
@@ -51,8 +52,6 @@ pub(crate) struct Connection {
     /// What the kernel said last, where it said something at the end.
     last_tcp: OnceLock<Box<TcpInfo>>,
     pill: Mutex<Pill>,
-    /// Nanoseconds after `started` plus one of an end that is told later; zero for none.
-    gone: AtomicU64,
     phases: Mutex<Vec<Phase>>,
     timeline: Mutex<Timeline>,
     keeps_timeline: AtomicBool,
@@ -65,18 +64,12 @@ pub(crate) struct Connection {
     door: AtomicU32,
     /// The trace of the request that is served; allocated once one has a trace.
     serving: OnceLock<Box<Mutex<Option<TraceRef>>>>,
-    in_flight: AtomicU32,
-    requests: AtomicU64,
-    /// Nanoseconds after `started` plus one; zero while not idle.
-    idle_since: AtomicU64,
-    bytes_read: AtomicU64,
-    bytes_written: AtomicU64,
+    /// What is counted, and its times that change.
+    pub(crate) cell: CellRef,
     /// The first reason seen to close: index plus one, with its initiator; zero for none.
     close_hint: AtomicU8,
     /// The life span's writer takes this, so that it is written once, by close or by shutdown.
     life_span: AtomicBool,
-    /// Nanoseconds after `started` of the last checkpoint.
-    pub(crate) checkpoint: AtomicU64,
 }
 
 /// How the connection's pool is told to use it no more (hyper-util: *poison*).
@@ -136,6 +129,7 @@ impl Connection {
         target: Option<Target>,
         host_slot: HostSlot,
     ) -> Self {
+        let cell = scope.shard(id).cells.take(host_slot);
         Self {
             id,
             scope,
@@ -153,7 +147,6 @@ impl Connection {
             http_info: OnceLock::new(),
             last_tcp: OnceLock::new(),
             pill: Mutex::default(),
-            gone: AtomicU64::new(0),
             phases: Mutex::default(),
             timeline: Mutex::default(),
             keeps_timeline: AtomicBool::new(false),
@@ -163,14 +156,9 @@ impl Connection {
             facts: AtomicU16::new(0),
             door: AtomicU32::new(0),
             serving: OnceLock::new(),
-            in_flight: AtomicU32::new(0),
-            requests: AtomicU64::new(0),
-            idle_since: AtomicU64::new(0),
-            bytes_read: AtomicU64::new(0),
-            bytes_written: AtomicU64::new(0),
+            cell,
             close_hint: AtomicU8::new(0),
             life_span: AtomicBool::new(false),
-            checkpoint: AtomicU64::new(0),
         }
     }
 
@@ -235,38 +223,43 @@ impl Connection {
     }
 
     pub(crate) fn requests(&self) -> u64 {
-        self.requests.load(Relaxed)
+        self.cell.requests.load(Relaxed)
+    }
+
+    /// Requests are seen on it, or none came where they would have been: a server of HTTP had it.
+    pub(crate) fn requests_seen(&self) -> bool {
+        self.requests() > 0 || (self.facts().is_served() && self.failed.get().is_none())
     }
 
     pub(crate) fn in_flight(&self) -> u32 {
-        self.in_flight.load(Relaxed)
+        self.cell.in_flight.load(Relaxed)
     }
 
     /// Read, written.
     pub(crate) fn bytes(&self) -> (u64, u64) {
-        (
-            self.bytes_read.load(Relaxed),
-            self.bytes_written.load(Relaxed),
-        )
+        self.cell.bytes()
     }
 
     /// One writer at a time: no read-modify-write is needed. The same below. True for the first bytes.
     pub(crate) fn add_read(&self, bytes: u64) -> bool {
-        let before = self.bytes_read.load(Relaxed);
-        self.bytes_read.store(before + bytes, Relaxed);
+        let before = self.cell.bytes_read.load(Relaxed);
+        self.cell.bytes_read.store(before + bytes, Relaxed);
         before == 0
     }
 
     pub(crate) fn add_written(&self, bytes: u64) {
-        self.bytes_written
-            .store(self.bytes_written.load(Relaxed) + bytes, Relaxed);
+        self.cell
+            .bytes_written
+            .store(self.cell.bytes_written.load(Relaxed) + bytes, Relaxed);
     }
 
     /// The kernel's last word. What it counted stands for what nobody of us could count.
     pub(crate) fn set_last_tcp(&self, tcp: TcpInfo) {
-        self.bytes_read
+        self.cell
+            .bytes_read
             .store(tcp.bytes_received.unwrap_or_default(), Relaxed);
-        self.bytes_written
+        self.cell
+            .bytes_written
             .store(tcp.bytes_acked.unwrap_or_default(), Relaxed);
         let _ = self.last_tcp.set(Box::new(tcp));
     }
@@ -274,7 +267,7 @@ impl Connection {
     /// It ended then, and is told later. The caller saw to it that nothing happened to it since.
     pub(crate) fn set_gone(&self, at: Instant) {
         let at = at.saturating_duration_since(self.started);
-        self.gone.store(self.nanos(at), Relaxed);
+        self.cell.gone.store(self.nanos(at), Relaxed);
     }
 
     pub(crate) fn last_tcp(&self) -> Option<TcpInfo> {
@@ -288,7 +281,7 @@ impl Connection {
     }
 
     pub(crate) fn idle_for(&self, now: Duration) -> Option<Duration> {
-        match self.idle_since.load(Relaxed) {
+        match self.cell.idle_since.load(Relaxed) {
             0 => None,
             nanos => Some(now.saturating_sub(Duration::from_nanos(nanos - 1))),
         }
@@ -334,7 +327,7 @@ impl Connection {
                     self.idle_for(now)
                 },
                 requests: self.requests(),
-                in_flight: self.in_flight.load(Relaxed),
+                in_flight: self.cell.in_flight.load(Relaxed),
                 bytes_read,
                 bytes_written,
                 trace: self.trace.get().copied(),
@@ -468,7 +461,9 @@ impl Connection {
     pub(crate) fn opened(&self, to: ConnectionState, established: Option<Duration>) {
         self.scope.transition(|t| {
             if to == ConnectionState::Idle {
-                self.idle_since.store(self.nanos(self.elapsed()), Relaxed);
+                self.cell
+                    .idle_since
+                    .store(self.nanos(self.elapsed()), Relaxed);
             }
             let counts = t.counts();
             if established.is_some() {
@@ -544,13 +539,13 @@ impl Connection {
     /// The same, of a request that a server was handed. `last`: it says that no other follows.
     pub(crate) fn called(&self, http2: bool, last: bool) -> Acquired {
         self.change(|shard| {
-            let number = self.requests.load(Relaxed) + 1;
-            self.requests.store(number, Relaxed);
+            let number = self.cell.requests.load(Relaxed) + 1;
+            self.cell.requests.store(number, Relaxed);
             shard.requests += 1;
             let found = Acquired {
                 reused: number > 1,
                 was_idle: self.state() == ConnectionState::Idle,
-                idle_since: self.idle_since.load(Relaxed),
+                idle_since: self.cell.idle_since.load(Relaxed),
             };
             (found, self.step(Input::Call { http2, last }))
         })
@@ -654,14 +649,14 @@ impl Connection {
             facts: self.facts(),
         };
         let changes = states.on(input);
-        self.in_flight.store(states.running, Relaxed);
+        self.cell.in_flight.store(states.running, Relaxed);
         self.facts.store(states.facts.0, Relaxed);
         if changes[0].is_some() {
             let idle_since = match states.state {
                 ConnectionState::Idle => self.nanos(self.elapsed()),
                 _ => 0,
             };
-            self.idle_since.store(idle_since, Relaxed);
+            self.cell.idle_since.store(idle_since, Relaxed);
         }
         changes
     }
@@ -754,7 +749,7 @@ impl Connection {
             .unwrap_or((CloseReason::Dropped, Initiator::Local));
         self.scope.transition(|t| {
             // Read under the lock, so that no event of this connection has a later time.
-            let at = match self.gone.load(Relaxed) {
+            let at = match self.cell.gone.load(Relaxed) {
                 0 => self.elapsed(),
                 gone => Duration::from_nanos(gone - 1),
             };

@@ -248,15 +248,16 @@ impl Recorder {
         scope: &Arc<Scope>,
         local: Option<Endpoint>,
         peer: Option<Endpoint>,
-    ) -> (ConnectionGuard, Handshake) {
+    ) -> (ConnectionGuard, HandshakeHandle) {
+        scope.see_tls();
         let (connection, state) = self.accept(scope, local, peer, Some(Spoken::Http));
         connection.opened(state, None);
-        let handshake = Handshake {
+        let handshake = HandshakeHandle(Arc::new(Mutex::new(Some(Handshake {
             recorder: self.clone(),
             connection: connection.clone(),
             phase: None,
             ended: false,
-        };
+        }))));
         (ConnectionGuard::new(self.clone(), connection), handshake)
     }
 
@@ -270,6 +271,7 @@ impl Recorder {
         let connection = Connection::new(self.next_id(), scope.clone(), None, 0);
         let state = match http {
             Some(spoken) => {
+                scope.see_states();
                 connection.serves_http(spoken == Spoken::MaybeTls);
                 ConnectionState::New
             }
@@ -302,6 +304,17 @@ impl Recorder {
                 reason,
                 peer,
             });
+        });
+    }
+
+    /// A listener has as many connections as it may have, and somebody wants one more.
+    pub(crate) fn max_connections_hit(&self, scope: &Scope, limit: u64) {
+        scope.transition(|t| {
+            let counts = t.counts();
+            counts.limit_hits += 1;
+            let open = counts.open;
+            let kind = || ConnectionEventKind::MaxConnectionsHit { limit, open };
+            t.emit(None, SystemTime::now, kind);
         });
     }
 
@@ -606,7 +619,45 @@ impl Drop for Attempt {
     }
 }
 
-/// The TLS handshake of an accepted connection. Dropped without a word, it was cancelled.
+/// The TLS handshake of an accepted connection, for who makes it; the tracked stream has it, too, and
+/// ends it as cancelled before the connection is closed, if nobody else did: a set-up span comes before
+/// the life of its connection.
+#[derive(Clone)]
+pub(crate) struct HandshakeHandle(Arc<Mutex<Option<Handshake>>>);
+
+impl HandshakeHandle {
+    /// It had its turn and begins.
+    pub(crate) fn begins(&self) {
+        // Out of the lock meanwhile: it tells observers.
+        if let Some(mut handshake) = self.take() {
+            handshake.begins();
+            *lock(&self.0) = Some(handshake);
+        }
+    }
+
+    pub(crate) fn done(&self, facts: TlsFacts) {
+        if let Some(handshake) = self.take() {
+            handshake.done(facts);
+        }
+    }
+
+    /// While the stream still lives, or it was cancelled.
+    pub(crate) fn failed(&self, reason: FailureReason, name: Option<&Arc<str>>) {
+        if let Some(handshake) = self.take() {
+            handshake.failed(reason, name);
+        }
+    }
+
+    pub(crate) fn cancelled(&self) {
+        drop(self.take());
+    }
+
+    fn take(&self) -> Option<Handshake> {
+        lock(&self.0).take()
+    }
+}
+
+/// A TLS handshake of an accepted connection. Dropped without a word, it was cancelled.
 pub(crate) struct Handshake {
     recorder: Recorder,
     connection: Arc<Connection>,
@@ -615,8 +666,7 @@ pub(crate) struct Handshake {
 }
 
 impl Handshake {
-    /// It had its turn and begins.
-    pub(crate) fn begins(&mut self) {
+    fn begins(&mut self) {
         // Which name the client asks for is in its first message.
         let kind = PhaseKind::Tls {
             server_name: "".into(),
@@ -627,23 +677,14 @@ impl Handshake {
         self.connection.scope.handshakes(1);
     }
 
-    pub(crate) fn done(mut self, facts: TlsFacts) {
+    fn done(mut self, facts: TlsFacts) {
         let name = facts.server_name.clone();
         let _ = self.connection.tls.set(facts);
         self.end(name.as_ref(), Ok(()));
     }
 
-    pub(crate) fn failed(mut self, reason: FailureReason, name: Option<&Arc<str>>) {
+    fn failed(mut self, reason: FailureReason, name: Option<&Arc<str>>) {
         self.end(name, Err(reason));
-    }
-
-    /// It is known why the handshake fails, and that the connection is closed for it.
-    pub(crate) fn refused(connection: &Connection, reason: FailureReason) {
-        let initiator = match reason {
-            FailureReason::ConnectionReset => Initiator::Remote,
-            _ => Initiator::Local,
-        };
-        connection.hint(CloseReason::TlsHandshakeFailed, initiator);
     }
 
     fn end(&mut self, name: Option<&Arc<str>>, outcome: Result<(), FailureReason>) {
@@ -662,7 +703,11 @@ impl Handshake {
             }
         }
         if let Err(reason) = outcome {
-            Self::refused(connection, reason);
+            let initiator = match reason {
+                FailureReason::ConnectionReset => Initiator::Remote,
+                _ => Initiator::Local,
+            };
+            connection.hint(CloseReason::TlsHandshakeFailed, initiator);
             let _ = connection.failed.set((reason, connection.elapsed()));
         }
         let phases = connection.take_phases();
