@@ -21,7 +21,7 @@ use crate::config::ConfigError;
 use crate::inbound::drain::DrainHandle;
 use crate::inbound::listener::{Accept, Listener};
 use crate::inbound::service::{ServerBody, ServerService};
-use crate::inbound::serving::{Drive, Serving, Stage, Timeouts};
+use crate::inbound::serving::{Drive, Serving, Shared, Stage, Timeouts};
 use crate::io::{Endpoints, TrackedIo};
 use crate::record::handle::ConnectionRecord;
 
@@ -271,6 +271,10 @@ where
         } = self.builder;
         let door = listener.door().clone();
         let http = Arc::new(http);
+        let shared = Arc::new(Shared {
+            door: door.clone(),
+            timeouts,
+        });
         loop {
             let taken = tokio::select! {
                 biased;
@@ -315,7 +319,7 @@ where
             let lifetime = timeouts
                 .lifetime
                 .map(|lifetime| jittered(lifetime, &record));
-            let serving = Serving::new(stage, record.0, door.clone(), timeouts, lifetime);
+            let serving = Serving::new(stage, record.0, shared.clone(), lifetime);
             tokio::spawn(serving);
         }
         // The address is free from here on.

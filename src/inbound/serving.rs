@@ -32,6 +32,12 @@ pub(crate) struct Timeouts {
     pub(crate) lifetime: Option<Duration>,
 }
 
+/// What all connections of a server have in common.
+pub(crate) struct Shared {
+    pub(crate) door: Arc<Door>,
+    pub(crate) timeouts: Timeouts,
+}
+
 /// hyper's connection, as far as it is needed here.
 pub(crate) trait Drive: Future {
     /// No further request after those that run.
@@ -55,18 +61,23 @@ pin_project! {
         #[pin]
         stage: Stage<C>,
         connection: Arc<Connection>,
-        door: Arc<Door>,
+        shared: Arc<Shared>,
         #[pin]
         turned: OwnedNotified,
         listens: bool,
         // It was asked to finish.
         told: bool,
-        timeouts: Timeouts,
-        accepted: Instant,
-        ends: Option<Instant>,
-        rest: Option<Rest>,
-        timer: Option<Pin<Box<Sleep>>>,
+        // Most connections need none most of the time.
+        timing: Option<Box<Timing>>,
     }
+}
+
+/// The times of a connection.
+struct Timing {
+    /// When it has lived long enough.
+    ends: Option<Instant>,
+    rest: Option<Rest>,
+    timer: Option<Pin<Box<Sleep>>>,
 }
 
 /// A rest that a timer was set for.
@@ -95,23 +106,25 @@ impl<C> Serving<C> {
     pub(crate) fn new(
         stage: Stage<C>,
         connection: Arc<Connection>,
-        door: Arc<Door>,
-        timeouts: Timeouts,
+        shared: Arc<Shared>,
         lifetime: Option<Duration>,
     ) -> Self {
-        let accepted = Instant::now();
+        let ends = lifetime.and_then(|lifetime| Instant::now().checked_add(lifetime));
+        let timing = ends.is_some().then(|| {
+            Box::new(Timing {
+                ends,
+                rest: None,
+                timer: None,
+            })
+        });
         Self {
             stage,
             connection,
-            turned: door.turned().clone().notified_owned(),
-            door,
+            turned: shared.door.turned().clone().notified_owned(),
+            shared,
             listens: false,
             told: false,
-            timeouts,
-            accepted,
-            ends: lifetime.and_then(|lifetime| accepted.checked_add(lifetime)),
-            rest: None,
-            timer: None,
+            timing,
         }
     }
 }
@@ -178,7 +191,7 @@ impl<C: Drive> Serving<C> {
                 Poll::Pending => break,
                 // It turned once already, and may again.
                 Poll::Ready(()) => {
-                    let again = this.door.turned().clone().notified_owned();
+                    let again = this.shared.door.turned().clone().notified_owned();
                     this.turned.set(again);
                 }
             }
@@ -187,49 +200,67 @@ impl<C: Drive> Serving<C> {
     }
 
     fn judge(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Verdict {
-        if self.door.is_closing() {
+        let door = &self.shared.door;
+        if door.is_closing() {
+            let (shut, cut) = (door.is_shut(), door.is_cut());
             // The notification was for this; the next one is for what comes after.
             self.as_mut().listen(cx);
-            if self.door.is_cut() {
+            if cut {
                 return Verdict::Drop(CloseReason::DrainDeadline);
             }
-            if self.door.is_shut() && !self.told && self.connection.state() != ConnectionState::New
-            {
+            if shut && !self.told && self.connection.state() != ConnectionState::New {
                 return Verdict::Finish(CloseReason::Shutdown);
             }
         }
         let this = self.project();
-        let told = *this.told;
+        let (connection, told) = (&**this.connection, *this.told);
         let serving = matches!(this.stage.project(), StageProj::Serving { .. });
-        let wanted = this.timeouts.wanted(this.connection, this.door, told);
-        match (wanted, &this.rest) {
+        let wanted = this.shared.wanted(connection, told);
+        if wanted.is_none() && this.timing.is_none() {
+            return Verdict::Fine;
+        }
+        let timing = this.timing.get_or_insert_with(|| {
+            Box::new(Timing {
+                ends: None,
+                rest: None,
+                timer: None,
+            })
+        });
+        let verdict = timing.judge(connection, wanted, told, serving, cx);
+        if timing.timer.is_none() {
+            *this.timing = None;
+        }
+        verdict
+    }
+}
+
+impl Timing {
+    fn judge(
+        &mut self,
+        connection: &Connection,
+        wanted: Option<(Why, Duration)>,
+        told: bool,
+        serving: bool,
+        cx: &mut Context<'_>,
+    ) -> Verdict {
+        match (wanted, &self.rest) {
             (Some((why, _)), Some(rest)) if rest.why == why => {}
-            (Some((why, timeout)), _) => {
-                let from = match why {
-                    Why::New | Why::NewAtTheEnd => *this.accepted,
-                    _ => Instant::now(),
-                };
-                *this.rest = from.checked_add(timeout).map(|until| Rest {
-                    why,
-                    until,
-                    requests: this.connection.requests(),
-                });
-            }
+            (Some((why, timeout)), _) => self.rest = Rest::new(why, timeout, connection),
             // What is set for idleness stays set over a request; the rest is over for good.
-            (None, Some(rest)) if rest.why != Why::Idle => *this.rest = None,
+            (None, Some(rest)) if rest.why != Why::Idle => self.rest = None,
             (None, _) => {}
         }
         loop {
-            let until = match (&*this.rest, this.ends.filter(|_| !told)) {
+            let until = match (&self.rest, self.ends.filter(|_| !told)) {
                 (Some(rest), Some(ends)) => rest.until.min(ends),
                 (Some(rest), None) => rest.until,
                 (None, Some(ends)) => ends,
                 (None, None) => {
-                    *this.timer = None;
+                    self.timer = None;
                     return Verdict::Fine;
                 }
             };
-            let timer = match this.timer {
+            let timer = match &mut self.timer {
                 Some(timer) => {
                     if timer.deadline() != until {
                         timer.as_mut().reset(until);
@@ -238,28 +269,27 @@ impl<C: Drive> Serving<C> {
                     }
                     timer
                 }
-                None => this.timer.insert(Box::pin(sleep_until(until))),
+                None => self.timer.insert(Box::pin(sleep_until(until))),
             };
             if timer.as_mut().poll(cx).is_pending() {
                 return Verdict::Fine;
             }
-            if this.ends.is_some_and(|ends| ends <= until) && !told {
-                *this.ends = None;
+            if self.ends.is_some_and(|ends| ends <= until) && !told {
+                self.ends = None;
                 if serving {
                     return Verdict::Finish(CloseReason::MaxLifetime);
                 }
                 continue;
             }
-            let Some(rest) = this.rest.take() else {
+            let Some(rest) = self.rest.take() else {
                 continue;
             };
-            let still = wanted.is_some_and(|(why, _)| why == rest.why);
-            if !still {
+            let Some((why, timeout)) = wanted.filter(|(why, _)| *why == rest.why) else {
                 // It works just now; the next rest is timed anew.
                 continue;
-            }
-            if rest.requests == this.connection.requests() {
-                return match rest.why {
+            };
+            if rest.requests == connection.requests() {
+                return match why {
                     // A handshake has a timeout of its own, whoever is slow in it.
                     Why::New | Why::NewAtTheEnd if !serving => Verdict::Fine,
                     Why::New | Why::Head => Verdict::Drop(CloseReason::HeaderTimeout),
@@ -269,32 +299,44 @@ impl<C: Drive> Serving<C> {
                 };
             }
             // It did something in between, and has been idle for less.
-            let (now, timeout) = (Instant::now(), wanted.map_or(Duration::ZERO, |(_, t)| t));
-            let idle_for = this.connection.idle_for(this.connection.elapsed());
+            let idle_for = connection.idle_for(connection.elapsed());
             let left = timeout.saturating_sub(idle_for.unwrap_or_default());
-            *this.rest = now.checked_add(left).map(|until| Rest {
-                why: rest.why,
-                until,
-                requests: this.connection.requests(),
-            });
+            self.rest = Rest::new(why, left, connection);
         }
     }
 }
 
-impl Timeouts {
+impl Rest {
+    /// From now on; none that would end beyond what the clock can say.
+    fn new(why: Why, timeout: Duration, connection: &Connection) -> Option<Self> {
+        let timeout = match why {
+            // These count from the accept on.
+            Why::New | Why::NewAtTheEnd => timeout.saturating_sub(connection.elapsed()),
+            _ => timeout,
+        };
+        Some(Self {
+            why,
+            until: Instant::now().checked_add(timeout)?,
+            requests: connection.requests(),
+        })
+    }
+}
+
+impl Shared {
     /// For how long the connection may be as it is now, and why not longer.
-    fn wanted(&self, connection: &Connection, door: &Door, told: bool) -> Option<(Why, Duration)> {
+    fn wanted(&self, connection: &Connection, told: bool) -> Option<(Why, Duration)> {
+        let Timeouts { header, idle, .. } = self.timeouts;
         match connection.state() {
-            ConnectionState::New if door.is_shut() => {
-                let timeout = self.header.map_or(FIRST_REQUEST, |t| t.min(FIRST_REQUEST));
+            ConnectionState::New if self.door.is_shut() => {
+                let timeout = header.map_or(FIRST_REQUEST, |t| t.min(FIRST_REQUEST));
                 Some((Why::NewAtTheEnd, timeout))
             }
-            ConnectionState::New => self.header.map(|timeout| (Why::New, timeout)),
+            ConnectionState::New => header.map(|timeout| (Why::New, timeout)),
             ConnectionState::Active if connection.reads_head() => {
-                self.header.map(|timeout| (Why::Head, timeout))
+                header.map(|timeout| (Why::Head, timeout))
             }
             ConnectionState::Idle if told => Some((Why::Farewell, FAREWELL)),
-            ConnectionState::Idle => self.idle.map(|timeout| (Why::Idle, timeout)),
+            ConnectionState::Idle => idle.map(|timeout| (Why::Idle, timeout)),
             _ => None,
         }
     }

@@ -36,13 +36,14 @@ pub(crate) struct Connection {
     pub(crate) id: ConnectionId,
     pub(crate) scope: Arc<Scope>,
     pub(crate) host_slot: HostSlot,
-    pub(crate) target: Option<Target>,
+    /// Boxed, as all that not every connection has: there are many of them.
+    pub(crate) target: Option<Box<Target>>,
     pub(crate) started: Instant,
     pub(crate) started_wall: SystemTime,
     pub(crate) ends: OnceLock<Ends>,
-    pub(crate) tls: OnceLock<TlsFacts>,
-    pub(crate) failed: OnceLock<(FailureReason, Duration)>,
-    pub(crate) closed: OnceLock<Close>,
+    pub(crate) tls: OnceLock<Box<TlsFacts>>,
+    pub(crate) failed: OnceLock<Box<(FailureReason, Duration)>>,
+    pub(crate) closed: OnceLock<Box<Close>>,
     /// The set-up span, written before anybody can use the connection.
     pub(crate) trace: OnceLock<TraceRef>,
     pub(crate) socket: SocketSlot,
@@ -51,9 +52,7 @@ pub(crate) struct Connection {
     pub(crate) http_info: OnceLock<Box<hyper_util::client::legacy::connect::HttpInfo>>,
     /// What the kernel said last, where it said something at the end.
     last_tcp: OnceLock<Box<TcpInfo>>,
-    pill: Mutex<Pill>,
-    phases: Mutex<Vec<Phase>>,
-    timeline: Mutex<Timeline>,
+    aside: OnceLock<Box<Aside>>,
     keeps_timeline: AtomicBool,
     expired: AtomicBool,
     state: AtomicU8,
@@ -62,14 +61,22 @@ pub(crate) struct Connection {
     facts: AtomicU16,
     /// Through which listener it came, of those of its name; zero for none.
     door: AtomicU32,
-    /// The trace of the request that is served; allocated once one has a trace.
-    serving: OnceLock<Box<Mutex<Option<TraceRef>>>>,
     /// What is counted, and its times that change.
     pub(crate) cell: CellRef,
     /// The first reason seen to close: index plus one, with its initiator; zero for none.
     close_hint: AtomicU8,
     /// The life span's writer takes this, so that it is written once, by close or by shutdown.
     life_span: AtomicBool,
+}
+
+/// What few connections have at any time, made when it is first needed.
+#[derive(Default)]
+struct Aside {
+    pill: Mutex<Pill>,
+    phases: Mutex<Vec<Phase>>,
+    timeline: Mutex<Timeline>,
+    /// The trace of the request that is served.
+    serving: Mutex<Option<TraceRef>>,
 }
 
 /// How the connection's pool is told to use it no more (hyper-util: *poison*).
@@ -134,7 +141,7 @@ impl Connection {
             id,
             scope,
             host_slot,
-            target,
+            target: target.map(Box::new),
             started: Instant::now(),
             started_wall: SystemTime::now(),
             ends: OnceLock::new(),
@@ -146,20 +153,21 @@ impl Connection {
             #[cfg(feature = "reqwest-transport")]
             http_info: OnceLock::new(),
             last_tcp: OnceLock::new(),
-            pill: Mutex::default(),
-            phases: Mutex::default(),
-            timeline: Mutex::default(),
+            aside: OnceLock::new(),
             keeps_timeline: AtomicBool::new(false),
             expired: AtomicBool::new(false),
             state: AtomicU8::new(ConnectionState::Connecting as u8),
             protocol: AtomicU8::new(0),
             facts: AtomicU16::new(0),
             door: AtomicU32::new(0),
-            serving: OnceLock::new(),
             cell,
             close_hint: AtomicU8::new(0),
             life_span: AtomicBool::new(false),
         }
+    }
+
+    fn aside(&self) -> &Aside {
+        self.aside.get_or_init(Box::default)
     }
 
     // === time ===
@@ -190,7 +198,7 @@ impl Connection {
     #[cfg_attr(not(feature = "hyper"), allow(dead_code))]
     pub(crate) fn set_pill(&self, poison: impl Fn() + Send + Sync + 'static) {
         let poison: Arc<dyn Fn() + Send + Sync> = Arc::new(poison);
-        let mut pill = lock(&self.pill);
+        let mut pill = lock(&self.aside().pill);
         if self.closed.get().is_some() {
             return;
         }
@@ -204,7 +212,7 @@ impl Connection {
 
     /// Asks for no further request on it. False if nobody is known yet who could heed it.
     pub(crate) fn poison(&self) -> bool {
-        let mut pill = lock(&self.pill);
+        let mut pill = lock(&self.aside().pill);
         pill.poisoned = true;
         let poison = pill.poison.clone();
         drop(pill);
@@ -310,16 +318,16 @@ impl Connection {
                 id: self.id,
                 direction: self.scope.direction,
                 name: self.scope.name.clone(),
-                target: self.target.clone(),
+                target: self.target.as_deref().cloned(),
                 local: ends.and_then(|ends| ends.local.clone()),
                 peer: ends.and_then(|ends| ends.peer.clone()),
                 state,
                 protocol: self.protocol(),
-                tls: self.tls.get().cloned(),
+                tls: self.tls.get().map(|tls| (**tls).clone()),
                 started: self.started_wall,
                 setup: ends
                     .map(|ends| ends.usable_at)
-                    .or_else(|| failed.map(|(_, at)| *at)),
+                    .or_else(|| failed.map(|failed| failed.1)),
                 age: ends.map(|ends| end.saturating_sub(ends.usable_at)),
                 idle_for: if closed.is_some() {
                     None
@@ -335,7 +343,7 @@ impl Connection {
                 timeline_dropped: timeline.dropped(),
                 closed: closed.map(|close| (close.reason, close.initiator)),
                 last_tcp: self.last_tcp(),
-                failed: failed.map(|(reason, _)| *reason),
+                failed: failed.map(|failed| failed.0),
             }
         }
     }
@@ -350,7 +358,7 @@ impl Connection {
             to: None,
             error: None,
         };
-        let mut phases = lock(&self.phases);
+        let mut phases = lock(&self.aside().phases);
         if phases.len() == PHASES {
             return Err(phase);
         }
@@ -366,7 +374,9 @@ impl Connection {
             }
         };
         match started {
-            Ok(index) => lock(&self.phases).get_mut(*index).map_or((), rename),
+            Ok(index) => lock(&self.aside().phases)
+                .get_mut(*index)
+                .map_or((), rename),
             Err(phase) => rename(phase),
         }
     }
@@ -389,7 +399,7 @@ impl Connection {
         };
         match started {
             Ok(index) => {
-                let mut phases = lock(&self.phases);
+                let mut phases = lock(&self.aside().phases);
                 let phase = phases.get_mut(index).filter(|phase| phase.to.is_none())?;
                 Some(end(phase))
             }
@@ -399,7 +409,9 @@ impl Connection {
 
     /// Takes the phases, for the sinks; they are not kept after set-up.
     pub(crate) fn take_phases(&self) -> Vec<Phase> {
-        std::mem::take(&mut *lock(&self.phases))
+        self.aside
+            .get()
+            .map_or_else(Vec::new, |aside| std::mem::take(&mut *lock(&aside.phases)))
     }
 
     pub(crate) fn expire(&self) {
@@ -428,7 +440,7 @@ impl Connection {
 
     pub(crate) fn moment(&self, moment: Moment) {
         if self.keeps_timeline() {
-            let mut timeline = lock(&self.timeline);
+            let mut timeline = lock(&self.aside().timeline);
             // Read under the lock, so that the moments are in order.
             timeline.push(self.elapsed(), moment);
         }
@@ -439,7 +451,7 @@ impl Connection {
         if self.keeps_timeline()
             && let Some(ends) = self.ends.get()
         {
-            let mut timeline = lock(&self.timeline);
+            let mut timeline = lock(&self.aside().timeline);
             if timeline.is_empty() {
                 timeline.push(ends.usable_at, Moment::State(state));
             }
@@ -447,7 +459,9 @@ impl Connection {
     }
 
     pub(crate) fn timeline(&self) -> Timeline {
-        lock(&self.timeline).clone()
+        self.aside
+            .get()
+            .map_or_else(Timeline::default, |aside| lock(&aside.timeline).clone())
     }
 
     /// True once: for the one who may write the life span.
@@ -576,13 +590,13 @@ impl Connection {
 
     /// This request is served now.
     pub(crate) fn serves(&self, trace: TraceRef) {
-        *lock(self.serving.get_or_init(Box::default)) = Some(trace);
+        *lock(&self.aside().serving) = Some(trace);
     }
 
     /// It is not any more; a later one stays.
     pub(crate) fn served(&self, trace: &TraceRef) {
-        if let Some(serving) = self.serving.get() {
-            let mut serving = lock(serving);
+        if let Some(aside) = self.aside.get() {
+            let mut serving = lock(&aside.serving);
             if serving.as_ref() == Some(trace) {
                 *serving = None;
             }
@@ -591,7 +605,7 @@ impl Connection {
 
     /// The trace of the latest request that is served, where it has one.
     pub(crate) fn serving(&self) -> Option<TraceRef> {
-        *lock(self.serving.get()?)
+        *lock(&self.aside.get()?.serving)
     }
 
     /// A server speaks HTTP on it, so its bytes and flushes are shown to us. Before it is used.
@@ -768,7 +782,7 @@ impl Connection {
                     None
                 },
             };
-            let _ = self.closed.set(close);
+            let _ = self.closed.set(Box::new(close));
             drop(shard);
             let counts = t.counts();
             counts.open -= 1;
@@ -795,8 +809,10 @@ impl Connection {
 
     /// Forgets how its pool is told, which may hold this record. After the close.
     fn forget_pill(&self) {
-        let forgotten = lock(&self.pill).poison.take();
-        drop(forgotten);
+        if let Some(aside) = self.aside.get() {
+            let forgotten = lock(&aside.pill).poison.take();
+            drop(forgotten);
+        }
     }
 
     /// From when it was usable.

@@ -215,7 +215,8 @@ impl Recorder {
                     // The attempt was made with a target, just above.
                     target: connection
                         .target
-                        .clone()
+                        .as_deref()
+                        .cloned()
                         .unwrap_or_else(|| Target::new("", 0)),
                 },
             );
@@ -603,7 +604,7 @@ impl Attempt {
         }
         let connection = &self.connection;
         let elapsed = connection.elapsed();
-        let _ = connection.failed.set((reason, elapsed));
+        let _ = connection.failed.set(Box::new((reason, elapsed)));
         let phases = connection.take_phases();
         self.recorder
             .to_sinks(|sink| sink.setup_finished(connection, &phases, Err(reason)));
@@ -679,7 +680,7 @@ impl Handshake {
 
     fn done(mut self, facts: TlsFacts) {
         let name = facts.server_name.clone();
-        let _ = self.connection.tls.set(facts);
+        let _ = self.connection.tls.set(Box::new(facts));
         self.end(name.as_ref(), Ok(()));
     }
 
@@ -708,7 +709,9 @@ impl Handshake {
                 _ => Initiator::Local,
             };
             connection.hint(CloseReason::TlsHandshakeFailed, initiator);
-            let _ = connection.failed.set((reason, connection.elapsed()));
+            let _ = connection
+                .failed
+                .set(Box::new((reason, connection.elapsed())));
         }
         let phases = connection.take_phases();
         self.recorder
@@ -822,7 +825,7 @@ impl PhaseGuard {
             },
             PhaseKind::Tls { server_name } => ConnectionEventKind::TlsHandshakeDone {
                 server_name,
-                tls: connection.tls.get().cloned(),
+                tls: connection.tls.get().map(|tls| (**tls).clone()),
                 elapsed,
                 error,
             },

@@ -307,7 +307,7 @@ impl Sink for SpanWriter {
         ) {
             (Some(end), ..) => end,
             (_, Ok(()), Some(ends), _) => ends.usable_at,
-            (.., Some((_, at))) => *at,
+            (.., Some(failed)) => failed.1,
             _ => connection.elapsed(),
         };
         let error = outcome.err();
@@ -388,7 +388,7 @@ fn identity(connection: &Connection) -> Vec<KeyValue> {
         KeyValue::new(names::NAME, string(&connection.scope.name)),
         KeyValue::new(names::DIRECTION, connection.scope.direction.as_str()),
     ]);
-    attributes.extend(connection.target.iter().flat_map(server));
+    attributes.extend(connection.target.iter().flat_map(|target| server(target)));
     attributes
 }
 

@@ -208,7 +208,7 @@ impl Sink for Histograms {
         if scope.direction == Direction::Outbound {
             let took = match (connection.ends.get(), connection.failed.get()) {
                 (Some(ends), _) => ends.usable_at,
-                (None, Some((_, at))) => *at,
+                (None, Some(failed)) => failed.1,
                 (None, None) => connection.elapsed(),
             };
             let failed = outcome.err();
