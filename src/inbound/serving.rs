@@ -76,6 +76,30 @@ struct Rest {
     until: Instant,
     /// How many requests there had been: one more, and the rest was interrupted.
     requests: u64,
+    /// How many bytes had passed: to a peer that takes its time with a long answer of HTTP/2, the
+    /// farewell has not come yet.
+    bytes: u64,
+}
+
+impl Rest {
+    fn begins(why: Why, until: Instant, connection: &Connection) -> Self {
+        Self {
+            why,
+            until,
+            requests: connection.requests(),
+            bytes: passed(connection),
+        }
+    }
+
+    fn was_interrupted(&self, connection: &Connection) -> bool {
+        self.requests != connection.requests()
+            || self.why == Why::Farewell && self.bytes != passed(connection)
+    }
+}
+
+fn passed(connection: &Connection) -> u64 {
+    let (read, written) = connection.bytes();
+    read.wrapping_add(written)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -193,7 +217,12 @@ impl<C: Drive> Serving<C> {
             if self.door.is_cut() {
                 return Verdict::Drop(CloseReason::DrainDeadline);
             }
-            if self.door.is_shut() && !self.told && self.connection.state() != ConnectionState::New
+            // Who began a request and is not told yet is told with the request: hyper would take a kept
+            // connection for idle and close it.
+            if self.door.is_shut()
+                && !self.told
+                && self.connection.state() != ConnectionState::New
+                && !self.connection.reads_head()
             {
                 return Verdict::Finish(CloseReason::Shutdown);
             }
@@ -207,20 +236,21 @@ impl<C: Drive> Serving<C> {
             (Some((why, timeout)), _) => {
                 let from = match why {
                     Why::New | Why::NewAtTheEnd => *this.accepted,
+                    // The first request has one time, silence and head together.
+                    Why::Head if this.connection.requests() == 0 => *this.accepted,
                     _ => Instant::now(),
                 };
-                *this.rest = from.checked_add(timeout).map(|until| Rest {
-                    why,
-                    until,
-                    requests: this.connection.requests(),
-                });
+                let until = from.checked_add(timeout);
+                *this.rest = until.map(|until| Rest::begins(why, until, this.connection));
             }
             // What is set for idleness stays set over a request; the rest is over for good.
             (None, Some(rest)) if rest.why != Why::Idle => *this.rest = None,
             (None, _) => {}
         }
+        // As above: a request that was begun comes first. (A handshake has a timeout of its own.)
+        let may_end = serving && !told && !this.connection.reads_head();
         loop {
-            let until = match (&*this.rest, this.ends.filter(|_| !told)) {
+            let until = match (&*this.rest, this.ends.filter(|_| may_end)) {
                 (Some(rest), Some(ends)) => rest.until.min(ends),
                 (Some(rest), None) => rest.until,
                 (None, Some(ends)) => ends,
@@ -243,12 +273,8 @@ impl<C: Drive> Serving<C> {
             if timer.as_mut().poll(cx).is_pending() {
                 return Verdict::Fine;
             }
-            if this.ends.is_some_and(|ends| ends <= until) && !told {
-                *this.ends = None;
-                if serving {
-                    return Verdict::Finish(CloseReason::MaxLifetime);
-                }
-                continue;
+            if this.ends.is_some_and(|ends| ends <= until) && may_end {
+                return Verdict::Finish(CloseReason::MaxLifetime);
             }
             let Some(rest) = this.rest.take() else {
                 continue;
@@ -258,7 +284,7 @@ impl<C: Drive> Serving<C> {
                 // It works just now; the next rest is timed anew.
                 continue;
             }
-            if rest.requests == this.connection.requests() {
+            if !rest.was_interrupted(this.connection) {
                 return match rest.why {
                     // A handshake has a timeout of its own, whoever is slow in it.
                     Why::New | Why::NewAtTheEnd if !serving => Verdict::Fine,
@@ -270,13 +296,13 @@ impl<C: Drive> Serving<C> {
             }
             // It did something in between, and has been idle for less.
             let (now, timeout) = (Instant::now(), wanted.map_or(Duration::ZERO, |(_, t)| t));
-            let idle_for = this.connection.idle_for(this.connection.elapsed());
+            let idle_for = match rest.why {
+                Why::Idle => this.connection.idle_for(this.connection.elapsed()),
+                _ => None,
+            };
             let left = timeout.saturating_sub(idle_for.unwrap_or_default());
-            *this.rest = now.checked_add(left).map(|until| Rest {
-                why: rest.why,
-                until,
-                requests: this.connection.requests(),
-            });
+            let until = now.checked_add(left);
+            *this.rest = until.map(|until| Rest::begins(rest.why, until, this.connection));
         }
     }
 }
