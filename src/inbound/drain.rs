@@ -15,13 +15,13 @@
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::event::{CloseReason, ConnectionId, ConnectionState, Endpoint, TraceRef};
+use crate::event::{ConnectionId, ConnectionState, Endpoint, TraceRef};
 use crate::record::{Connection, Scope};
 
 /// How long the kernel's queue may take to be emptied into the server.
@@ -41,6 +41,10 @@ pub(crate) struct Door {
     phase: AtomicU8,
     /// Streams that came through and are not dropped.
     inside: AtomicU64,
+    /// How many these were when it was shut.
+    inside_when_shut: AtomicU64,
+    /// The listener is dropped: nobody takes anybody in any more.
+    left: AtomicBool,
     /// Told at each phase but the first.
     turned: Arc<Notify>,
 }
@@ -54,6 +58,8 @@ impl Door {
             ordinal: ORDINAL.fetch_add(1, Ordering::Relaxed),
             phase: AtomicU8::new(OPEN),
             inside: AtomicU64::new(0),
+            inside_when_shut: AtomicU64::new(0),
+            left: AtomicBool::new(false),
             turned: Arc::default(),
         })
     }
@@ -89,9 +95,24 @@ impl Door {
         self.phase() >= CUT
     }
 
-    /// Nobody comes in any more.
+    /// Nobody comes in any more, and those that are there should finish.
     pub(crate) fn shut(&self) {
+        if !self.is_shut() {
+            // Now, as those who are told may be gone before a drain looks. Of two who shut at once
+            // either is right.
+            let inside = self.inside.load(Ordering::Relaxed);
+            self.inside_when_shut.store(inside, Ordering::Relaxed);
+        }
         self.turn(SHUT);
+    }
+
+    /// The listener is dropped. Those that came through it are not told: no drain has begun.
+    pub(crate) fn leave(&self) {
+        // If a drain that begins now misses this, it waits a moment for what does not come.
+        self.left.store(true, Ordering::Release);
+        if self.is_closing() {
+            self.shut();
+        }
     }
 
     pub(crate) const fn turned(&self) -> &Arc<Notify> {
@@ -235,10 +256,12 @@ impl DrainHandle {
         door.turn(CLOSING);
         // An accept loop takes in what the kernel has, and shuts the door; one that does something else
         // now, or is not there any more, won't.
-        let taking_in = TAKING_IN.min(deadline);
-        let _ = timeout(taking_in, door.wait(SHUT)).await;
+        if !door.left.load(Ordering::Acquire) {
+            let taking_in = TAKING_IN.min(deadline);
+            let _ = timeout(taking_in, door.wait(SHUT)).await;
+        }
         door.shut();
-        let open = door.inside.load(Ordering::Relaxed);
+        let open = door.inside_when_shut.load(Ordering::Relaxed);
         let done = match until {
             Some(until) => timeout_at(until, door.empty()).await.is_ok(),
             None => {
@@ -250,8 +273,7 @@ impl DrainHandle {
         if !done {
             for connection in door.connections() {
                 stragglers.push(Straggler::of(&connection));
-                let reason = CloseReason::DrainDeadline;
-                connection.hint(reason, reason.initiator());
+                connection.cut();
                 connection.socket.shut_down();
             }
             stragglers.sort_by_key(|straggler| std::cmp::Reverse(straggler.age));

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream, ToSocketAddrs};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
 
 use crate::config::{ConfigError, Declaration};
 use crate::event::{AcceptErrorReason, Direction, Endpoint, RejectReason};
@@ -33,6 +34,9 @@ use crate::socket::Keepalive;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// How long a look at what the kernel has may take. A runtime knows of it only once it has asked the
+/// kernel, which it does before any timer runs out.
+const LOOK: Duration = Duration::from_millis(1);
 
 /// Something that accepts connections: any listener can be wrapped, not only tokio's.
 ///
@@ -411,12 +415,12 @@ pub(crate) struct Taken<L: Accept> {
     address: L::Addr,
 }
 
-/// A door that is shut when the listener is dropped.
+/// A door that is told when the listener is dropped.
 struct Opened(Arc<Door>);
 
 impl Drop for Opened {
     fn drop(&mut self) {
-        self.0.shut();
+        self.0.leave();
     }
 }
 
@@ -462,12 +466,14 @@ impl<L: Accept> Listener<L> {
     /// by one; use [`try_accept`](Self::try_accept) to see them. Once the listener is drained it waits for
     /// ever: have your loop wait for [`DrainHandle::signal`], too.
     pub async fn accept(&mut self) -> (TrackedIo<L::Io>, L::Addr) {
-        let taken = self.take_in_patiently().await;
-        self.track(taken)
+        match self.take_in_patiently().await {
+            Some(taken) => self.track(taken),
+            None => end(&self.door.0).await,
+        }
     }
 
-    /// The next stream, however long it takes; not recorded yet.
-    pub(crate) async fn take_in_patiently(&mut self) -> Taken<L> {
+    /// The next stream, however long it takes; not recorded yet. None at the end, as below.
+    pub(crate) async fn take_in_patiently(&mut self) -> Option<Taken<L>> {
         loop {
             match self.take_in().await {
                 Ok(taken) => return taken,
@@ -488,8 +494,10 @@ impl<L: Accept> Listener<L> {
     ///
     /// The system's, one call at a time and with no pause.
     pub async fn try_accept(&mut self) -> io::Result<(TrackedIo<L::Io>, L::Addr)> {
-        let taken = self.take_in().await?;
-        Ok(self.track(taken))
+        match self.take_in().await? {
+            Some(taken) => Ok(self.track(taken)),
+            None => end(&self.door.0).await,
+        }
     }
 
     /// The connections as a stream that never ends: for tonic's `serve_with_incoming`.
@@ -557,8 +565,9 @@ impl<L: Accept> Listener<L> {
         (io.with_handshake(handshake.clone()), handshake)
     }
 
-    /// The next stream, with its place; not recorded yet.
-    async fn take_in(&mut self) -> io::Result<Taken<L>> {
+    /// The next stream, with its place; not recorded yet. None once the door is closing and nobody else
+    /// is to be taken in: it is for the caller to shut it, with the listener or without.
+    async fn take_in(&mut self) -> io::Result<Option<Taken<L>>> {
         loop {
             let door = self.door.0.clone();
             // Waiting for a place comes before accepting, so that a cancel loses no connection.
@@ -574,7 +583,7 @@ impl<L: Accept> Listener<L> {
                             match until_closing(&door, place).await {
                                 Some(place) => place,
                                 // There is no place for those that the kernel has.
-                                None => return end(&door).await,
+                                None => return Ok(None),
                             }
                         }
                     };
@@ -586,11 +595,11 @@ impl<L: Accept> Listener<L> {
             let accepted = until_closing(&door, poll_fn(|cx| self.inner.poll_accept(cx))).await;
             let accepted = match accepted {
                 Some(accepted) => accepted,
-                // What the kernel has accepted is taken in still, as it can be had without waiting.
-                None if door.is_shut() => return end(&door).await,
-                None => match at_once(|cx| self.inner.poll_accept(cx)).await {
-                    Some(accepted) => accepted,
-                    None => return end(&door).await,
+                // What the kernel has accepted is taken in still.
+                None if door.is_shut() => return Ok(None),
+                None => match timeout(LOOK, poll_fn(|cx| self.inner.poll_accept(cx))).await {
+                    Ok(accepted) => accepted,
+                    Err(_) => return Ok(None),
                 },
             };
             let (io, address) = match accepted {
@@ -612,7 +621,7 @@ impl<L: Accept> Listener<L> {
                 (_, place) => place,
             };
             L::configure(&io, &self.options);
-            return Ok(Taken { io, place, address });
+            return Ok(Some(Taken { io, place, address }));
         }
     }
 
@@ -664,17 +673,6 @@ async fn until_closing<T>(door: &Door, wanted: impl Future<Output = T>) -> Optio
             return Poll::Ready(None);
         }
         wanted.as_mut().poll(cx).map(Some)
-    })
-    .await
-}
-
-/// What can be had without waiting.
-async fn at_once<T>(mut poll: impl FnMut(&mut Context<'_>) -> Poll<T>) -> Option<T> {
-    poll_fn(|cx| {
-        Poll::Ready(match poll(cx) {
-            Poll::Ready(got) => Some(got),
-            Poll::Pending => None,
-        })
     })
     .await
 }

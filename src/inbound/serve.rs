@@ -279,7 +279,11 @@ where
             let taken = tokio::select! {
                 biased;
                 () = door.shutting() => break,
-                taken = listener.take_in_patiently() => taken,
+                taken = listener.take_in_patiently() => match taken {
+                    Some(taken) => taken,
+                    // The door is shut with the listener, below: a drain finds the address free.
+                    None => break,
+                },
             };
             // Made in pieces, as the record is there before the handshake and the service.
             let connect = {

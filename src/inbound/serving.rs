@@ -67,6 +67,7 @@ pin_project! {
         listens: bool,
         // It was asked to finish.
         told: bool,
+        accepted: Instant,
         // Most connections need none most of the time.
         timing: Option<Box<Timing>>,
     }
@@ -87,6 +88,30 @@ struct Rest {
     until: Instant,
     /// How many requests there had been: one more, and the rest was interrupted.
     requests: u64,
+    /// How many bytes had passed: to a peer that takes its time with a long answer of HTTP/2, the
+    /// farewell has not come yet.
+    bytes: u64,
+}
+
+impl Rest {
+    fn begins(why: Why, until: Instant, connection: &Connection) -> Self {
+        Self {
+            why,
+            until,
+            requests: connection.requests(),
+            bytes: passed(connection),
+        }
+    }
+
+    fn was_interrupted(&self, connection: &Connection) -> bool {
+        self.requests != connection.requests()
+            || self.why == Why::Farewell && self.bytes != passed(connection)
+    }
+}
+
+fn passed(connection: &Connection) -> u64 {
+    let (read, written) = connection.bytes();
+    read.wrapping_add(written)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,14 +134,9 @@ impl<C> Serving<C> {
         shared: Arc<Shared>,
         lifetime: Option<Duration>,
     ) -> Self {
-        let ends = lifetime.and_then(|lifetime| Instant::now().checked_add(lifetime));
-        let timing = ends.is_some().then(|| {
-            Box::new(Timing {
-                ends,
-                rest: None,
-                timer: None,
-            })
-        });
+        let accepted = Instant::now();
+        let ends = lifetime.and_then(|lifetime| accepted.checked_add(lifetime));
+        let timing = ends.is_some().then(|| Timing::until(ends));
         Self {
             stage,
             connection,
@@ -124,6 +144,7 @@ impl<C> Serving<C> {
             shared,
             listens: false,
             told: false,
+            accepted,
             timing,
         }
     }
@@ -208,7 +229,13 @@ impl<C: Drive> Serving<C> {
             if cut {
                 return Verdict::Drop(CloseReason::DrainDeadline);
             }
-            if shut && !self.told && self.connection.state() != ConnectionState::New {
+            // Who began a request and is not told yet is told with the request: hyper would take a kept
+            // connection for idle and close it.
+            if shut
+                && !self.told
+                && self.connection.state() != ConnectionState::New
+                && !self.connection.reads_head()
+            {
                 return Verdict::Finish(CloseReason::Shutdown);
             }
         }
@@ -219,15 +246,11 @@ impl<C: Drive> Serving<C> {
         if wanted.is_none() && this.timing.is_none() {
             return Verdict::Fine;
         }
-        let timing = this.timing.get_or_insert_with(|| {
-            Box::new(Timing {
-                ends: None,
-                rest: None,
-                timer: None,
-            })
-        });
-        let verdict = timing.judge(connection, wanted, told, serving, cx);
-        if timing.timer.is_none() {
+        let timing = this.timing.get_or_insert_with(|| Timing::until(None));
+        // A request that was begun comes first, as above. (A handshake has a timeout of its own.)
+        let may_end = serving && !told && !connection.reads_head();
+        let verdict = timing.judge(connection, *this.accepted, wanted, may_end, serving, cx);
+        if timing.timer.is_none() && timing.ends.is_none() {
             *this.timing = None;
         }
         verdict
@@ -235,23 +258,41 @@ impl<C: Drive> Serving<C> {
 }
 
 impl Timing {
+    fn until(ends: Option<Instant>) -> Box<Self> {
+        Box::new(Self {
+            ends,
+            rest: None,
+            timer: None,
+        })
+    }
+
     fn judge(
         &mut self,
         connection: &Connection,
+        accepted: Instant,
         wanted: Option<(Why, Duration)>,
-        told: bool,
+        may_end: bool,
         serving: bool,
         cx: &mut Context<'_>,
     ) -> Verdict {
         match (wanted, &self.rest) {
             (Some((why, _)), Some(rest)) if rest.why == why => {}
-            (Some((why, timeout)), _) => self.rest = Rest::new(why, timeout, connection),
+            (Some((why, timeout)), _) => {
+                let from = match why {
+                    Why::New | Why::NewAtTheEnd => accepted,
+                    // The first request has one time, silence and head together.
+                    Why::Head if connection.requests() == 0 => accepted,
+                    _ => Instant::now(),
+                };
+                let until = from.checked_add(timeout);
+                self.rest = until.map(|until| Rest::begins(why, until, connection));
+            }
             // What is set for idleness stays set over a request; the rest is over for good.
             (None, Some(rest)) if rest.why != Why::Idle => self.rest = None,
             (None, _) => {}
         }
         loop {
-            let until = match (&self.rest, self.ends.filter(|_| !told)) {
+            let until = match (&self.rest, self.ends.filter(|_| may_end)) {
                 (Some(rest), Some(ends)) => rest.until.min(ends),
                 (Some(rest), None) => rest.until,
                 (None, Some(ends)) => ends,
@@ -274,12 +315,8 @@ impl Timing {
             if timer.as_mut().poll(cx).is_pending() {
                 return Verdict::Fine;
             }
-            if self.ends.is_some_and(|ends| ends <= until) && !told {
-                self.ends = None;
-                if serving {
-                    return Verdict::Finish(CloseReason::MaxLifetime);
-                }
-                continue;
+            if self.ends.is_some_and(|ends| ends <= until) && may_end {
+                return Verdict::Finish(CloseReason::MaxLifetime);
             }
             let Some(rest) = self.rest.take() else {
                 continue;
@@ -288,7 +325,7 @@ impl Timing {
                 // It works just now; the next rest is timed anew.
                 continue;
             };
-            if rest.requests == connection.requests() {
+            if !rest.was_interrupted(connection) {
                 return match why {
                     // A handshake has a timeout of its own, whoever is slow in it.
                     Why::New | Why::NewAtTheEnd if !serving => Verdict::Fine,
@@ -299,26 +336,14 @@ impl Timing {
                 };
             }
             // It did something in between, and has been idle for less.
-            let idle_for = connection.idle_for(connection.elapsed());
+            let idle_for = match why {
+                Why::Idle => connection.idle_for(connection.elapsed()),
+                _ => None,
+            };
             let left = timeout.saturating_sub(idle_for.unwrap_or_default());
-            self.rest = Rest::new(why, left, connection);
+            let until = Instant::now().checked_add(left);
+            self.rest = until.map(|until| Rest::begins(why, until, connection));
         }
-    }
-}
-
-impl Rest {
-    /// From now on; none that would end beyond what the clock can say.
-    fn new(why: Why, timeout: Duration, connection: &Connection) -> Option<Self> {
-        let timeout = match why {
-            // These count from the accept on.
-            Why::New | Why::NewAtTheEnd => timeout.saturating_sub(connection.elapsed()),
-            _ => timeout,
-        };
-        Some(Self {
-            why,
-            until: Instant::now().checked_add(timeout)?,
-            requests: connection.requests(),
-        })
     }
 }
 

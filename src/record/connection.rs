@@ -731,25 +731,29 @@ impl Connection {
 
     /// Remembers why it is about to end, unless a reason is known already.
     pub(crate) fn hint(&self, reason: CloseReason, initiator: Initiator) {
-        let initiator = match initiator {
-            Initiator::Local => 0,
-            Initiator::Remote => REMOTE,
-            Initiator::Unknown => UNKNOWN,
-        };
-        let value = (reason.index() as u8 + 1) | initiator;
         // Relaxed: the value itself is all that is passed on.
+        let value = hint_value(reason, initiator);
         let _ = self.close_hint.compare_exchange(0, value, Relaxed, Relaxed);
     }
 
+    /// It is ended now, by the deadline of a drain. That overrules why it was asked to end before: it
+    /// did not.
+    #[cfg(feature = "net")]
+    pub(crate) fn cut(&self) {
+        use CloseReason::{DrainDeadline, IdleTimeout, MaxLifetime, Shutdown};
+        let reason = DrainDeadline;
+        let _ = self
+            .close_hint
+            .fetch_update(Relaxed, Relaxed, |hint| match hint_of(hint) {
+                None | Some((IdleTimeout | MaxLifetime | Shutdown, _)) => {
+                    Some(hint_value(reason, reason.initiator()))
+                }
+                Some(_) => None,
+            });
+    }
+
     pub(crate) fn hinted(&self) -> Option<(CloseReason, Initiator)> {
-        let value = self.close_hint.load(Relaxed);
-        let reason = CloseReason::from_index(((value & !INITIATOR) as usize).checked_sub(1)?)?;
-        let initiator = match value & INITIATOR {
-            0 => Initiator::Local,
-            REMOTE => Initiator::Remote,
-            _ => Initiator::Unknown,
-        };
-        Some((reason, initiator))
+        hint_of(self.close_hint.load(Relaxed))
     }
 
     fn nanos(&self, at: Duration) -> u64 {
@@ -823,6 +827,26 @@ impl Connection {
                 .map_or(Duration::ZERO, |ends| ends.usable_at),
         )
     }
+}
+
+/// As it is kept in [`Connection::close_hint`].
+const fn hint_value(reason: CloseReason, initiator: Initiator) -> u8 {
+    let initiator = match initiator {
+        Initiator::Local => 0,
+        Initiator::Remote => REMOTE,
+        Initiator::Unknown => UNKNOWN,
+    };
+    (reason.index() as u8 + 1) | initiator
+}
+
+fn hint_of(value: u8) -> Option<(CloseReason, Initiator)> {
+    let reason = CloseReason::from_index(((value & !INITIATOR) as usize).checked_sub(1)?)?;
+    let initiator = match value & INITIATOR {
+        0 => Initiator::Local,
+        REMOTE => Initiator::Remote,
+        _ => Initiator::Unknown,
+    };
+    Some((reason, initiator))
 }
 
 /// What a request found when it got its connection.

@@ -25,10 +25,11 @@ use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
 use otel_conntrack::{
     ConnectionEventKind as Kind, ConnectionId, ConnectionRecord, ConnectionState, Conntrack,
-    DrainHandle, EventReceiver, ListenerBuilder, ScopeStats, ServerLayer, ServerService, channel,
+    DrainHandle, EventReceiver, ListenerBuilder, ScopeStats, ServerBuilder, ServerLayer,
+    ServerService, channel,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
@@ -63,6 +64,23 @@ impl Site {
     }
 
     pub async fn with(host: Host, set: fn(ListenerBuilder) -> ListenerBuilder) -> Self {
+        let ours = |server: ServerBuilder<TcpListener, Router>| server;
+        Self::assembled(host, set, ours).await
+    }
+
+    /// Our server, with these settings.
+    pub async fn ours(
+        listener: impl FnOnce(ListenerBuilder) -> ListenerBuilder,
+        server: impl FnOnce(ServerBuilder<TcpListener, Router>) -> ServerBuilder<TcpListener, Router>,
+    ) -> Self {
+        Self::assembled(Host::Ours, listener, server).await
+    }
+
+    async fn assembled(
+        host: Host,
+        set: impl FnOnce(ListenerBuilder) -> ListenerBuilder,
+        ours: impl FnOnce(ServerBuilder<TcpListener, Router>) -> ServerBuilder<TcpListener, Router>,
+    ) -> Self {
         let (observer, events) = channel(1 << 20);
         let conntrack = Conntrack::builder().observer(observer).build().unwrap();
         let (app, entered, go) = app();
@@ -77,7 +95,7 @@ impl Site {
         let signal = drain.signal();
         let server = match host {
             Host::Ours => {
-                let server = conntrack.serve(listener, app).build().unwrap();
+                let server = ours(conntrack.serve(listener, app)).build().unwrap();
                 tokio::spawn(server.run())
             }
             Host::Hyper => tokio::spawn(by_hand(listener, app)),
