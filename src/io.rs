@@ -135,7 +135,8 @@ impl Drop for SetUp {
 enum Place {
     #[cfg(feature = "net")]
     Listener {
-        _permit: Option<tokio::sync::OwnedSemaphorePermit>,
+        // Boxed, as most listeners have no limit.
+        _permit: Option<Box<tokio::sync::OwnedSemaphorePermit>>,
         _inside: crate::inbound::drain::Inside,
     },
     #[cfg(feature = "transport")]
@@ -201,7 +202,7 @@ impl<T> TrackedIo<T> {
         permit: Option<tokio::sync::OwnedSemaphorePermit>,
     ) -> Self {
         self.place = Some(Place::Listener {
-            _permit: permit,
+            _permit: permit.map(Box::new),
             _inside: inside,
         });
         self

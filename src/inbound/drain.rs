@@ -23,6 +23,8 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::event::{ConnectionId, ConnectionState, Endpoint, TraceRef};
 use crate::record::{Connection, Scope};
+#[cfg(feature = "server")]
+use {crate::record::lock, std::sync::Mutex, std::task::Waker};
 
 /// How long the kernel's queue may take to be emptied into the server.
 const TAKING_IN: Duration = Duration::from_millis(50);
@@ -46,7 +48,10 @@ pub(crate) struct Door {
     /// The listener is dropped: nobody takes anybody in any more.
     left: AtomicBool,
     /// Told at each phase but the first.
-    turned: Arc<Notify>,
+    turned: Notify,
+    /// As are the tasks of a server's connections: there are many, and a waker is smaller than a wait.
+    #[cfg(feature = "server")]
+    tasks: Mutex<slab::Slab<Waker>>,
 }
 
 impl Door {
@@ -60,7 +65,9 @@ impl Door {
             inside: AtomicU64::new(0),
             inside_when_shut: AtomicU64::new(0),
             left: AtomicBool::new(false),
-            turned: Arc::default(),
+            turned: Notify::new(),
+            #[cfg(feature = "server")]
+            tasks: Mutex::default(),
         })
     }
 
@@ -80,7 +87,31 @@ impl Door {
     fn turn(&self, to: u8) {
         if self.phase.fetch_max(to, Ordering::AcqRel) < to {
             self.turned.notify_waiters();
+            #[cfg(feature = "server")]
+            for task in self.tasks() {
+                task.wake();
+            }
         }
+    }
+
+    /// Those to be woken, out of the lock.
+    #[cfg(feature = "server")]
+    fn tasks(&self) -> Vec<Waker> {
+        let tasks = lock(&self.tasks);
+        tasks.iter().map(|(_, task)| task.clone()).collect()
+    }
+
+    /// This task is woken at each turn from now on; who looks at the phase afterwards misses none.
+    #[cfg(feature = "server")]
+    pub(crate) fn wakes(&self, task: &Waker) -> usize {
+        lock(&self.tasks).insert(task.clone())
+    }
+
+    /// Not any more.
+    #[cfg(feature = "server")]
+    pub(crate) fn forgets(&self, task: usize) {
+        let task = lock(&self.tasks).try_remove(task);
+        drop(task);
     }
 
     pub(crate) fn is_closing(&self) -> bool {
@@ -115,10 +146,6 @@ impl Door {
         }
     }
 
-    pub(crate) const fn turned(&self) -> &Arc<Notify> {
-        &self.turned
-    }
-
     /// Ends once the door is closing, at once if it is.
     pub(crate) async fn closing(&self) {
         self.wait(CLOSING).await;
@@ -132,12 +159,6 @@ impl Door {
             }
             turned.await;
         }
-    }
-
-    /// Ends once nobody comes in any more.
-    #[cfg(feature = "server")]
-    pub(crate) async fn shutting(&self) {
-        self.wait(SHUT).await;
     }
 
     /// Ends a moment after what was left was cut.

@@ -479,7 +479,10 @@ impl<L: Accept> Listener<L> {
                 Ok(taken) => return taken,
                 Err(error) => {
                     if let Some(pause) = self.after(&error) {
-                        tokio::time::sleep(pause).await;
+                        let door = self.door.0.clone();
+                        let paused = until_closing(&door, tokio::time::sleep(pause)).await;
+                        // It is no time for shortages then.
+                        paused?;
                     }
                 }
             }
@@ -669,10 +672,13 @@ async fn until_closing<T>(door: &Door, wanted: impl Future<Output = T>) -> Optio
     let mut closing = pin!(door.closing());
     let mut wanted = pin!(wanted);
     poll_fn(|cx| {
-        if door.is_closing() || closing.as_mut().poll(cx).is_ready() {
+        if door.is_closing() {
             return Poll::Ready(None);
         }
-        wanted.as_mut().poll(cx).map(Some)
+        if let Poll::Ready(got) = wanted.as_mut().poll(cx) {
+            return Poll::Ready(Some(got));
+        }
+        closing.as_mut().poll(cx).map(|()| None)
     })
     .await
 }

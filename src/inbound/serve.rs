@@ -276,14 +276,9 @@ where
             timeouts,
         });
         loop {
-            let taken = tokio::select! {
-                biased;
-                () = door.shutting() => break,
-                taken = listener.take_in_patiently() => match taken {
-                    Some(taken) => taken,
-                    // The door is shut with the listener, below: a drain finds the address free.
-                    None => break,
-                },
+            let Some(taken) = listener.take_in_patiently().await else {
+                // The door is shut with the listener, below: a drain finds the address free.
+                break;
             };
             // Made in pieces, as the record is there before the handshake and the service.
             let connect = {

@@ -23,7 +23,7 @@ use crate::outbound::caller::Caller;
 use crate::outbound::client::protocol;
 use crate::outbound::held::Held;
 use crate::record::Connection;
-use crate::record::handle::{ConnectionRecord, RequestGuard};
+use crate::record::handle::ConnectionRecord;
 
 /// Puts [`ServerService`] around the services of axum and tonic: for the requests of a listener with
 /// [`http()`](crate::ListenerBuilder::http).
@@ -208,10 +208,13 @@ where
 #[derive(Clone)]
 pub(crate) struct Counted;
 
-/// A request that is served on a connection; it is over when this is dropped.
+/// A request that is served on a connection; it is over when this is dropped. Small, as hyper keeps room
+/// for two of them per connection.
 struct Served {
-    guard: RequestGuard,
-    trace: Option<TraceRef>,
+    connection: Arc<Connection>,
+    /// If it has a trace: which request it is.
+    traced: u32,
+    has_trace: bool,
     asks: Asks,
 }
 
@@ -264,21 +267,19 @@ impl Served {
             connection.set_protocol(version);
         }
         connection.called(http2, last);
-        let guard = RequestGuard::new(connection.clone());
         let trace = caller.trace().or_else(|| traceparent(request.headers()));
-        if let Some(trace) = trace {
-            connection.serves(trace);
-        }
-        Some(Self { guard, trace, asks })
-    }
-
-    fn connection(&self) -> &Arc<Connection> {
-        self.guard.connection()
+        let traced = trace.map(|trace| connection.serves(trace));
+        Some(Self {
+            connection: connection.clone(),
+            traced: traced.unwrap_or_default(),
+            has_trace: traced.is_some(),
+            asks,
+        })
     }
 
     /// Its response has begun.
     fn answers<B>(&self, response: &Response<B>) {
-        let connection = self.connection();
+        let connection = &self.connection;
         let granted = match self.asks {
             Asks::Nothing => false,
             Asks::Upgrade => response.status() == StatusCode::SWITCHING_PROTOCOLS,
@@ -294,9 +295,10 @@ impl Served {
 
 impl Drop for Served {
     fn drop(&mut self) {
-        if let Some(trace) = &self.trace {
-            self.connection().served(trace);
+        if self.has_trace {
+            self.connection.served(self.traced);
         }
+        self.connection.request_finished();
     }
 }
 

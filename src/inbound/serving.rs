@@ -12,7 +12,6 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use pin_project_lite::pin_project;
-use tokio::sync::futures::OwnedNotified;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::event::{CloseReason, ConnectionState};
@@ -61,15 +60,26 @@ pin_project! {
         #[pin]
         stage: Stage<C>,
         connection: Arc<Connection>,
-        shared: Arc<Shared>,
-        #[pin]
-        turned: OwnedNotified,
-        listens: bool,
+        post: Post,
         // It was asked to finish.
         told: bool,
         accepted: Instant,
         // Most connections need none most of the time.
         timing: Option<Box<Timing>>,
+    }
+}
+
+/// Where a connection's task is woken when the door turns.
+struct Post {
+    shared: Arc<Shared>,
+    task: Option<usize>,
+}
+
+impl Drop for Post {
+    fn drop(&mut self) {
+        if let Some(task) = self.task {
+            self.shared.door.forgets(task);
+        }
     }
 }
 
@@ -140,9 +150,7 @@ impl<C> Serving<C> {
         Self {
             stage,
             connection,
-            turned: shared.door.turned().clone().notified_owned(),
-            shared,
-            listens: false,
+            post: Post { shared, task: None },
             told: false,
             accepted,
             timing,
@@ -161,8 +169,10 @@ impl<C: Drive> Future for Serving<C> {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        if !self.listens {
-            self.as_mut().listen(cx);
+        let post = self.as_mut().project().post;
+        if post.task.is_none() {
+            // A task's waker stays, so once is enough.
+            post.task = Some(post.shared.door.wakes(cx.waker()));
         }
         loop {
             let mut this = self.as_mut().project();
@@ -203,36 +213,15 @@ impl<C: Drive> Future for Serving<C> {
 }
 
 impl<C: Drive> Serving<C> {
-    /// Has this task woken when the door turns. A task's waker stays, so once is enough; the door itself
-    /// is looked at in every poll.
-    fn listen(self: Pin<&mut Self>, cx: &mut Context<'_>) {
-        let mut this = self.project();
-        loop {
-            match this.turned.as_mut().poll(cx) {
-                Poll::Pending => break,
-                // It turned once already, and may again.
-                Poll::Ready(()) => {
-                    let again = this.shared.door.turned().clone().notified_owned();
-                    this.turned.set(again);
-                }
-            }
-        }
-        *this.listens = true;
-    }
-
-    fn judge(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Verdict {
-        let door = &self.shared.door;
-        if door.is_closing() {
-            let (shut, cut) = (door.is_shut(), door.is_cut());
-            // The notification was for this; the next one is for what comes after.
-            self.as_mut().listen(cx);
-            if cut {
+    fn judge(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Verdict {
+        let door = &self.post.shared.door;
+        if door.is_shut() {
+            if door.is_cut() {
                 return Verdict::Drop(CloseReason::DrainDeadline);
             }
             // Who began a request and is not told yet is told with the request: hyper would take a kept
             // connection for idle and close it.
-            if shut
-                && !self.told
+            if !self.told
                 && self.connection.state() != ConnectionState::New
                 && !self.connection.reads_head()
             {
@@ -242,7 +231,7 @@ impl<C: Drive> Serving<C> {
         let this = self.project();
         let (connection, told) = (&**this.connection, *this.told);
         let serving = matches!(this.stage.project(), StageProj::Serving { .. });
-        let wanted = this.shared.wanted(connection, told);
+        let wanted = this.post.shared.wanted(connection, told);
         if wanted.is_none() && this.timing.is_none() {
             return Verdict::Fine;
         }

@@ -42,16 +42,10 @@ pub(crate) struct Connection {
     pub(crate) started_wall: SystemTime,
     pub(crate) ends: OnceLock<Ends>,
     pub(crate) tls: OnceLock<Box<TlsFacts>>,
-    pub(crate) failed: OnceLock<Box<(FailureReason, Duration)>>,
     pub(crate) closed: OnceLock<Box<Close>>,
     /// The set-up span, written before anybody can use the connection.
     pub(crate) trace: OnceLock<TraceRef>,
     pub(crate) socket: SocketSlot,
-    /// Its addresses as hyper-util says them, which reqwest's responses look for.
-    #[cfg(feature = "reqwest-transport")]
-    pub(crate) http_info: OnceLock<Box<hyper_util::client::legacy::connect::HttpInfo>>,
-    /// What the kernel said last, where it said something at the end.
-    last_tcp: OnceLock<Box<TcpInfo>>,
     aside: OnceLock<Box<Aside>>,
     keeps_timeline: AtomicBool,
     expired: AtomicBool,
@@ -75,8 +69,14 @@ struct Aside {
     pill: Mutex<Pill>,
     phases: Mutex<Vec<Phase>>,
     timeline: Mutex<Timeline>,
-    /// The trace of the request that is served.
-    serving: Mutex<Option<TraceRef>>,
+    /// The trace of the request that is served, and which request it is.
+    serving: Mutex<Option<(u32, TraceRef)>>,
+    failed: OnceLock<(FailureReason, Duration)>,
+    /// What the kernel said last, where it said something at the end.
+    last_tcp: OnceLock<TcpInfo>,
+    /// Its addresses as hyper-util says them, which reqwest's responses look for.
+    #[cfg(feature = "reqwest-transport")]
+    http_info: OnceLock<hyper_util::client::legacy::connect::HttpInfo>,
 }
 
 /// How the connection's pool is told to use it no more (hyper-util: *poison*).
@@ -146,13 +146,9 @@ impl Connection {
             started_wall: SystemTime::now(),
             ends: OnceLock::new(),
             tls: OnceLock::new(),
-            failed: OnceLock::new(),
             closed: OnceLock::new(),
             trace: OnceLock::new(),
             socket: SocketSlot::default(),
-            #[cfg(feature = "reqwest-transport")]
-            http_info: OnceLock::new(),
-            last_tcp: OnceLock::new(),
             aside: OnceLock::new(),
             keeps_timeline: AtomicBool::new(false),
             expired: AtomicBool::new(false),
@@ -236,7 +232,7 @@ impl Connection {
 
     /// Requests are seen on it, or none came where they would have been: a server of HTTP had it.
     pub(crate) fn requests_seen(&self) -> bool {
-        self.requests() > 0 || (self.facts().is_served() && self.failed.get().is_none())
+        self.requests() > 0 || (self.facts().is_served() && self.failed().is_none())
     }
 
     pub(crate) fn in_flight(&self) -> u32 {
@@ -269,7 +265,7 @@ impl Connection {
         self.cell
             .bytes_written
             .store(tcp.bytes_acked.unwrap_or_default(), Relaxed);
-        let _ = self.last_tcp.set(Box::new(tcp));
+        let _ = self.aside().last_tcp.set(tcp);
     }
 
     /// It ended then, and is told later. The caller saw to it that nothing happened to it since.
@@ -279,7 +275,7 @@ impl Connection {
     }
 
     pub(crate) fn last_tcp(&self) -> Option<TcpInfo> {
-        self.last_tcp.get().map(|tcp| **tcp)
+        self.aside.get()?.last_tcp.get().copied()
     }
 
     /// Whom it was accepted from, where that can be told.
@@ -310,7 +306,7 @@ impl Connection {
             // What sinks are told before the transition is not true yet.
             let settled = state != ConnectionState::Connecting;
             let ends = self.ends.get().filter(|_| settled);
-            let failed = self.failed.get().filter(|_| settled);
+            let failed = self.failed().filter(|_| settled);
             let closed = self.closed.get();
             let end = closed.map_or(now, |close| close.at);
             let (bytes_read, bytes_written) = self.bytes();
@@ -346,6 +342,25 @@ impl Connection {
                 failed: failed.map(|failed| failed.0),
             }
         }
+    }
+
+    /// Why its set-up failed, and when.
+    pub(crate) fn failed(&self) -> Option<&(FailureReason, Duration)> {
+        self.aside.get()?.failed.get()
+    }
+
+    pub(crate) fn set_failed(&self, reason: FailureReason, at: Duration) {
+        let _ = self.aside().failed.set((reason, at));
+    }
+
+    #[cfg(feature = "reqwest-transport")]
+    pub(crate) fn http_info(&self) -> Option<&hyper_util::client::legacy::connect::HttpInfo> {
+        self.aside.get()?.http_info.get()
+    }
+
+    #[cfg(feature = "reqwest-transport")]
+    pub(crate) fn set_http_info(&self, info: hyper_util::client::legacy::connect::HttpInfo) {
+        let _ = self.aside().http_info.set(info);
     }
 
     // === set-up phases ===
@@ -588,16 +603,18 @@ impl Connection {
         self.door.load(Relaxed)
     }
 
-    /// This request is served now.
-    pub(crate) fn serves(&self, trace: TraceRef) {
-        *lock(&self.aside().serving) = Some(trace);
+    /// This request is served now. What is given back tells it from those that ran before.
+    pub(crate) fn serves(&self, trace: TraceRef) -> u32 {
+        let request = self.requests() as u32;
+        *lock(&self.aside().serving) = Some((request, trace));
+        request
     }
 
     /// It is not any more; a later one stays.
-    pub(crate) fn served(&self, trace: &TraceRef) {
+    pub(crate) fn served(&self, request: u32) {
         if let Some(aside) = self.aside.get() {
             let mut serving = lock(&aside.serving);
-            if serving.as_ref() == Some(trace) {
+            if serving.is_some_and(|(now, _)| now == request) {
                 *serving = None;
             }
         }
@@ -605,7 +622,8 @@ impl Connection {
 
     /// The trace of the latest request that is served, where it has one.
     pub(crate) fn serving(&self) -> Option<TraceRef> {
-        *lock(&self.aside.get()?.serving)
+        let serving = *lock(&self.aside.get()?.serving);
+        serving.map(|(_, trace)| trace)
     }
 
     /// A server speaks HTTP on it, so its bytes and flushes are shown to us. Before it is used.

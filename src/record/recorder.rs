@@ -604,7 +604,7 @@ impl Attempt {
         }
         let connection = &self.connection;
         let elapsed = connection.elapsed();
-        let _ = connection.failed.set(Box::new((reason, elapsed)));
+        connection.set_failed(reason, elapsed);
         let phases = connection.take_phases();
         self.recorder
             .to_sinks(|sink| sink.setup_finished(connection, &phases, Err(reason)));
@@ -709,9 +709,7 @@ impl Handshake {
                 _ => Initiator::Local,
             };
             connection.hint(CloseReason::TlsHandshakeFailed, initiator);
-            let _ = connection
-                .failed
-                .set(Box::new((reason, connection.elapsed())));
+            connection.set_failed(reason, connection.elapsed());
         }
         let phases = connection.take_phases();
         self.recorder

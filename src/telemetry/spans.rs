@@ -303,7 +303,7 @@ impl Sink for SpanWriter {
             handshake,
             outcome,
             connection.ends.get(),
-            connection.failed.get(),
+            connection.failed(),
         ) {
             (Some(end), ..) => end,
             (_, Ok(()), Some(ends), _) => ends.usable_at,

@@ -489,7 +489,7 @@ fn keep_http_info(attempt: &Attempt, tcp: &tokio::net::TcpStream) {
     let mut extras = http::Extensions::new();
     hyper_util::client::legacy::connect::Connection::connected(tcp).get_extras(&mut extras);
     if let Some(info) = extras.remove() {
-        let _ = attempt.connection().http_info.set(Box::new(info));
+        attempt.connection().set_http_info(info);
     }
 }
 

@@ -206,7 +206,7 @@ impl Sink for Histograms {
         let labels = || Labels::name(&scope.name).host(host(connection, false));
         // What is accepted has no set-up to wait for but its handshake, a phase.
         if scope.direction == Direction::Outbound {
-            let took = match (connection.ends.get(), connection.failed.get()) {
+            let took = match (connection.ends.get(), connection.failed()) {
                 (Some(ends), _) => ends.usable_at,
                 (None, Some(failed)) => failed.1,
                 (None, None) => connection.elapsed(),

@@ -51,10 +51,10 @@ impl Service<Request<reqwest::Body>> for Hop {
                 cookies.keep(response.headers());
             }
             let record = response.body().connection().clone();
-            let ends = record.0.http_info.get().cloned();
+            let ends = record.0.http_info().cloned();
             let extensions = response.extensions_mut();
             if let Some(ends) = ends {
-                extensions.insert(*ends);
+                extensions.insert(ends);
             }
             extensions.insert(record);
             Ok(response)
