@@ -26,7 +26,7 @@ use otel_conntrack::{
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::process::Command;
+use tokio::process::{Child, Command};
 use tokio::sync::{Mutex, MutexGuard, mpsc};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -79,7 +79,7 @@ async fn curl_goes_through_new_active_idle_and_closed() {
     ];
     for (server, options, urls, version, states) in cases {
         let (cacert, resolve) = (certificate.file("crt"), server.resolve());
-        let mut curl = program("curl", "curl");
+        let mut curl = program("curl");
         curl.args(["--disable", "--silent", "--show-error", "--fail"])
             .args(["--noproxy", "*", "--max-time", "20"])
             .args(["--write-out", "%{stderr}%{http_version} %{local_port}\n"])
@@ -114,7 +114,7 @@ async fn curl_that_does_not_trust_the_certificate_is_new_and_closed() {
     let Some(_turn) = turn().await else { return };
     let certificate = Certificate::make();
     let server = Server::start(Some(certificate.tls()), |_: &_, _| {}).await;
-    let mut curl = program("curl", "curl");
+    let mut curl = program("curl");
     let output = curl
         .args([
             "--disable",
@@ -128,7 +128,7 @@ async fn curl_that_does_not_trust_the_certificate_is_new_and_closed() {
         .arg(server.url("localhost"))
         .output();
     // "Peer certificate cannot be authenticated with known CA certificates."
-    assert_eq!(output.await.unwrap().status.code(), Some(60));
+    assert_eq!(output.await.expect(INSTALL).status.code(), Some(60));
     let (stats, states) = server.end().await;
     assert_eq!((stats.accepted, stats.requests), (1, 0));
     assert_eq!(stats.closed(CloseReason::TlsHandshakeFailed), 1);
@@ -143,14 +143,22 @@ const CONNECTIONS: u64 = 64;
 async fn wrk_sees_what_the_server_and_the_kernel_see() {
     let Some(_turn) = turn().await else { return };
     let server = Server::start(None, |_: &_, _| {}).await;
-    let mut wrk = program("wrk", "wrk");
-    wrk.args(["--threads", "2", "--duration", "2s"])
+    let mut wrk = program("wrk");
+    wrk.args(["--threads", "2", "--duration", "50s"])
         .args(["--connections", &CONNECTIONS.to_string()])
-        .arg(server.url("127.0.0.1"));
-    let wrk = tokio::spawn(run(wrk));
-    // In the middle of it, for as many connections as there are stay open.
-    server.has_open(CONNECTIONS).await;
-    assert!(!wrk.is_finished(), "it took longer to look than wrk runs");
+        .arg(server.url("127.0.0.1"))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let wrk = wrk.spawn().expect(INSTALL);
+    let pid = wrk.id().unwrap().to_string();
+    let wrk = tokio::spawn(ended(wrk));
+    // As many connections as there are stay open: it runs for two seconds, and for longer if we
+    // had not looked by then. An interrupt ends it as its time does.
+    let looked = server.has_open(CONNECTIONS);
+    tokio::join!(looked, tokio::time::sleep(Duration::from_secs(2)));
+    let mut interrupt = program("sh");
+    interrupt.args(["-c", "kill -INT \"$0\"", &pid]);
+    run(interrupt).await;
     let report = wrk.await.unwrap().0;
     assert!(
         !report.contains("Socket errors") && !report.contains("Non-2xx"),
@@ -187,7 +195,7 @@ async fn h2load_sees_what_the_server_and_the_kernel_see() {
     ] {
         let (requests, clients) = (6_000, 8);
         let server = Server::start(tls, |_: &_, _| {}).await;
-        let mut h2load = program("h2load", "nghttp2-client");
+        let mut h2load = program("h2load");
         h2load
             .arg(format!("--requests={requests}"))
             .arg(format!("--clients={clients}"))
@@ -467,17 +475,11 @@ impl Drop for Certificate {
 
 // === the programs ===
 
-/// A program, which is there: who set the variable wants to know if it isn't.
-fn program(name: &str, package: &str) -> Command {
-    let found = std::process::Command::new("sh")
-        .args(["-c", "command -v \"$0\"", name])
-        .stdout(Stdio::null())
-        .status();
-    let there = found.is_ok_and(|status| status.success());
-    assert!(
-        there,
-        "{name} is not installed; on Debian: apt-get install {package}"
-    );
+/// Who set the variable wants to know it.
+const INSTALL: &str =
+    "a program is missing; on Debian: apt-get install curl wrk nghttp2-client iproute2";
+
+fn program(name: &str) -> Command {
     let mut command = Command::new(name);
     command.kill_on_drop(true).stdin(Stdio::null());
     command
@@ -485,22 +487,24 @@ fn program(name: &str, package: &str) -> Command {
 
 /// What it printed, to stdout and stderr.
 async fn run(mut command: Command) -> (String, String) {
-    let output = timeout(PATIENCE, command.output()).await;
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    ended(command.spawn().expect(INSTALL)).await
+}
+
+async fn ended(child: Child) -> (String, String) {
+    let output = timeout(PATIENCE, child.wait_with_output()).await;
     let output = output.expect("it does not end").unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
     let (out, err) = (text(output.stdout), text(output.stderr));
-    assert!(
-        output.status.success(),
-        "{command:?}: {}\n{out}{err}",
-        output.status
-    );
+    assert!(output.status.success(), "{}\n{out}{err}", output.status);
     (out, err)
 }
 
 /// How many connections the kernel has on the server's side.
 async fn established(server: SocketAddr) -> u64 {
-    let mut ss = program("ss", "iproute2");
-    ss.arg("-tan");
+    let mut ss = program("ss");
+    let port = format!(":{}", server.port());
+    ss.args(["-tan", "sport", "=", &port]);
     let table = run(ss).await.0;
     let local = server.to_string();
     let rows = table.lines().map(|row| row.split_whitespace());
