@@ -336,24 +336,26 @@ fn jittered(lifetime: Duration, record: &ConnectionRecord) -> Duration {
 async fn secured<T>(
     tls: crate::ServerTls,
     io: TrackedIo<T>,
-    mut handshake: crate::record::recorder::Handshake,
+    handshake: crate::record::recorder::Handshake,
 ) -> Option<ServerIo<T>>
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
     let record = io.record();
-    // The first reason wins, and a refused client is sent an alert and a farewell after it is known.
-    let refused = record.clone();
-    let told = |reason| crate::record::recorder::Handshake::refused(&refused.0, reason);
-    match tls.handshake_told(io, || handshake.begins(), told).await {
-        Ok(handshaken) => {
-            handshake.done(handshaken.facts);
-            Some(ServerIo::secure(handshaken.stream, record))
-        }
-        Err(error) => {
-            handshake.failed(error.reason, error.server_name.as_ref());
-            None
-        }
+    // Why it failed is told by then: the handshake's end comes before the connection's.
+    let (handshaken, handshake) = tls.handshake_told(io, handshake).await.ok()?;
+    handshake.done(handshaken.facts);
+    Some(ServerIo::secure(handshaken.stream, record))
+}
+
+#[cfg(feature = "tls")]
+impl crate::inbound::tls::Told for crate::record::recorder::Handshake {
+    fn begins(&mut self) {
+        Self::begins(self);
+    }
+
+    fn failed(&mut self, reason: crate::FailureReason, server_name: Option<&Arc<str>>) {
+        Self::failed(self, reason, server_name);
     }
 }
 
@@ -470,11 +472,14 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncRead for ServerIo<T> {
             // The plaintext is here, so the states are seen here.
             #[cfg(feature = "tls")]
             LayersProj::Secure { io, record } => {
-                let before = buf.filled().len();
+                let (before, room) = (buf.filled().len(), buf.remaining());
                 let read = Pin::new(&mut **io).poll_read(cx, buf);
                 let bytes = &buf.filled()[before..];
                 if !bytes.is_empty() {
                     record.0.bytes_seen(bytes);
+                } else if room > 0 && matches!(read, Poll::Ready(Ok(()))) {
+                    // TLS has an end of its own, before the socket's.
+                    io.get_ref().0.ended();
                 }
                 read
             }

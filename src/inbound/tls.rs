@@ -483,15 +483,40 @@ pub(crate) struct Handshaken<T> {
 /// also before it said a word. `tls_handshake_failed`: all else, as plain HTTP, an old version, no
 /// common protocol, or a client that does not trust this server.
 #[derive(Debug)]
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "for whoever looks at it while debugging")
+)]
 pub(crate) struct HandshakeError {
     pub(crate) reason: FailureReason,
     /// What the client asked for, if it came to that.
     pub(crate) server_name: Option<Arc<str>>,
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "for whoever looks at it while debugging")
-    )]
     pub(crate) source: io::Error,
+}
+
+/// Who is told of the steps of a handshake.
+pub(crate) trait Told {
+    /// It has its place and begins.
+    fn begins(&mut self);
+
+    /// It failed, and the stream is still there: who tracks it can say why it ends before it sees that
+    /// it ends.
+    fn failed(&mut self, reason: FailureReason, server_name: Option<&Arc<str>>);
+}
+
+#[cfg(test)]
+impl<S: FnOnce(), F: FnOnce(FailureReason)> Told for (Option<S>, Option<F>) {
+    fn begins(&mut self) {
+        if let Some(started) = self.0.take() {
+            started();
+        }
+    }
+
+    fn failed(&mut self, reason: FailureReason, _: Option<&Arc<str>>) {
+        if let Some(failed) = self.1.take() {
+            failed(reason);
+        }
+    }
 }
 
 impl ServerTls {
@@ -512,21 +537,28 @@ impl ServerTls {
     where
         T: AsyncRead + AsyncWrite + Unpin,
     {
-        self.handshake_told(io, started, |_| ()).await
+        let told = (Some(started), None::<fn(FailureReason)>);
+        let (handshaken, _) = self.handshake_told(io, told).await?;
+        Ok(handshaken)
     }
 
-    /// As [`handshake`](Self::handshake), and `failed` is called when the reason is known and the
-    /// stream is still there: who tracks the stream can say why it ends before it sees that it ends.
-    pub(crate) async fn handshake_told<T>(
+    /// As [`handshake`](Self::handshake), with somebody who is told, and given back when it went well.
+    /// Dropped, too, it drops whom it tells before the stream.
+    pub(crate) async fn handshake_told<T, W>(
         &self,
         io: T,
-        started: impl FnOnce(),
-        failed: impl FnOnce(FailureReason),
-    ) -> Result<Handshaken<T>, HandshakeError>
+        told: W,
+    ) -> Result<(Handshaken<T>, W), HandshakeError>
     where
         T: AsyncRead + AsyncWrite + Unpin,
+        W: Told,
     {
         let inner = &*self.0;
+        let server_name = OnceLock::new();
+        // Pinned here, so that the stream outlives the call of `failed`.
+        let mut steps = pin!(self.steps(io, &server_name));
+        // What is declared later is dropped earlier.
+        let mut told = told;
         let now = Instant::now();
         let deadline = now
             .checked_add(inner.handshake_timeout)
@@ -538,25 +570,22 @@ impl ServerTls {
         };
         // tokio's semaphore is fair; it is never closed.
         let Ok(_place) = timeout_at(deadline, inner.places.acquire()).await else {
-            failed(FailureReason::TimedOut);
+            told.failed(FailureReason::TimedOut, None);
             return Err(late(format!(
                 "no place for a TLS handshake in {:?}: {} run at once (tls max_handshakes)",
                 inner.handshake_timeout, inner.max_handshakes
             )));
         };
-        started();
+        told.begins();
         self.look_if_due();
-        let server_name = OnceLock::new();
-        // Pinned here, so that the stream outlives the call of `failed`.
-        let mut steps = pin!(self.steps(io, &server_name));
         match timeout_at(deadline, steps.as_mut()).await {
             Ok(Ok(stream)) => {
                 let facts = facts(stream.get_ref().1, server_name.get().cloned());
-                Ok(Handshaken { stream, facts })
+                Ok((Handshaken { stream, facts }, told))
             }
             Ok(Err((source, io))) => {
                 let reason = reason(&source);
-                failed(reason);
+                told.failed(reason, server_name.get());
                 if let Some(io) = io.filter(|_| alerted(&source)) {
                     farewell(io, deadline).await;
                 }
@@ -567,7 +596,7 @@ impl ServerTls {
                 })
             }
             Err(_) => {
-                failed(FailureReason::TimedOut);
+                told.failed(FailureReason::TimedOut, server_name.get());
                 Err(HandshakeError {
                     server_name: server_name.get().cloned(),
                     ..late(format!(

@@ -602,12 +602,12 @@ impl Handshake {
         self.end(name.as_ref(), Ok(()));
     }
 
-    pub(crate) fn failed(mut self, reason: FailureReason, name: Option<&Arc<str>>) {
+    pub(crate) fn failed(&mut self, reason: FailureReason, name: Option<&Arc<str>>) {
         self.end(name, Err(reason));
     }
 
     /// It is known why the handshake fails, and that the connection is closed for it.
-    pub(crate) fn refused(connection: &Connection, reason: FailureReason) {
+    fn refused(connection: &Connection, reason: FailureReason) {
         let initiator = match reason {
             FailureReason::ConnectionReset => Initiator::Remote,
             _ => Initiator::Local,

@@ -539,7 +539,10 @@ async fn the_reason_is_told_while_the_stream_is_there() {
         let near = Ends(near, gone.clone());
         let (mut heard, seen) = (None, gone.clone());
         let failed = |reason| heard = Some((reason, seen.load(Relaxed)));
-        let error = tls.handshake_told(near, || (), failed).await.unwrap_err();
+        let error = tls
+            .handshake_told(near, (Some(|| ()), Some(failed)))
+            .await
+            .unwrap_err();
         assert!(gone.load(Relaxed));
         assert_eq!(heard, Some((error.reason, false)));
         error.reason
@@ -675,7 +678,7 @@ fn a_handshake_can_be_spawned() {
     let site = Site::new();
     let tls = site.tls();
     spawns(tls.handshake(duplex(64).0, || ()));
-    spawns(tls.handshake_told(duplex(64).0, || (), |_| ()));
+    spawns(tls.handshake_told(duplex(64).0, (Some(|| ()), Some(|_| ()))));
 }
 
 #[tokio::test]
