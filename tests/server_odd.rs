@@ -82,7 +82,7 @@ async fn a_body_that_waits_for_100_continue(site: &mut Site) {
 }
 
 /// The rest of it, whichever way hyper and the state go at the end.
-async fn ends(site: &mut Site) {
+async fn ends(site: &Site) {
     while site.stats().open > 0 {
         tokio::task::yield_now().await;
     }
@@ -94,6 +94,7 @@ async fn ends(site: &mut Site) {
     assert_eq!(site.conntrack.recently_closed()[0].in_flight, 0);
 }
 
+#[allow(clippy::needless_pass_by_ref_mut, reason = "as every case")]
 async fn a_body_that_nobody_wants(site: &mut Site) {
     let head = b"POST / HTTP/1.1\r\nhost: a\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n";
     let mut client = site.send(head).await;
@@ -119,6 +120,7 @@ async fn a_body_that_is_there_and_is_not_read(site: &mut Site) {
     assert_eq!(site.stats().requests, 2);
 }
 
+#[allow(clippy::needless_pass_by_ref_mut, reason = "as every case")]
 async fn a_body_that_never_ends_and_is_not_read(site: &mut Site) {
     let head = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n\r\n12345";
     let mut client = site.send(head).await;
