@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::builder::Builder;
 use crate::config::{ConfigError, valid_name};
-use crate::event::{ConnectionState, Direction, Endpoint, Target};
+use crate::event::{ConnectionId, Direction, Endpoint, Target};
 use crate::io::{Endpoints, TrackedIo};
 use crate::outbound::{scope_of_exporter, track};
 use crate::record::Recorder;
@@ -294,14 +294,48 @@ impl Conntrack {
             .live()
             .iter()
             .map(|connection| connection.snapshot())
-            // One that was closed since the list was made is in the history, and one that is being
-            // accepted in this moment is not counted yet.
-            .filter(|connection| match connection.state {
-                ConnectionState::Closed => false,
-                ConnectionState::Connecting => connection.direction == Direction::Outbound,
-                _ => true,
-            })
+            .filter(ConnectionSnapshot::is_there)
             .collect()
+    }
+
+    /// A page of [`connections`](Self::connections): at most `limit` of them, by id, those after `after`
+    /// if it is given. The last one's id is the next page's `after`; an empty page is the end.
+    ///
+    /// With many connections this is the way to look at all of them: no page holds anything up for longer
+    /// than it takes to look through a thirty-second of the ids. Pages are of different moments, so what
+    /// was closed in between is missing.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let conntrack = otel_conntrack::Conntrack::builder().build()?;
+    /// let mut after = None;
+    /// loop {
+    ///     let page = conntrack.connections_after(after, 100);
+    ///     let Some(last) = page.last() else { break };
+    ///     after = Some(last.id);
+    ///     for connection in page {
+    ///         println!("{} {} {}", connection.id, connection.name, connection.state);
+    ///     }
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn connections_after(
+        &self,
+        after: Option<ConnectionId>,
+        limit: usize,
+    ) -> Vec<ConnectionSnapshot> {
+        self.recorder.look();
+        let (mut page, mut after) = (Vec::new(), after);
+        // What was closed since it was found leaves room for others.
+        while page.len() < limit {
+            let (found, last) = self.recorder.live_after(after, limit - page.len());
+            let Some(last) = last else { break };
+            after = Some(last);
+            let snapshots = found.iter().map(|connection| connection.snapshot());
+            page.extend(snapshots.filter(ConnectionSnapshot::is_there));
+        }
+        page
     }
 
     /// The last connections that were closed and attempts that failed, oldest first; as many as

@@ -47,11 +47,12 @@ pin_project! {
     /// # }
     /// ```
     pub struct TrackedIo<T> {
-        // Field order matters: the record forgets the socket, then the socket is closed, then the
-        // close is recorded.
+        // Field order matters: the record forgets the socket, then the socket is closed, then a set-up
+        // that is not over ends, then the close is recorded.
         socket: SocketGuard,
         #[pin]
         io: T,
+        set_up: SetUp,
         guard: ConnectionGuard,
         // What is free again after the close: a place under a listener's `max_connections`, or in
         // a pool.
@@ -111,6 +112,25 @@ impl StreamsOf {
     }
 }
 
+/// A TLS handshake that the connection's set-up has; its drop ends one that is not over.
+struct SetUp(#[cfg(feature = "tls")] Option<crate::record::recorder::HandshakeHandle>);
+
+impl SetUp {
+    const NONE: Self = Self(
+        #[cfg(feature = "tls")]
+        None,
+    );
+}
+
+#[cfg(feature = "tls")]
+impl Drop for SetUp {
+    fn drop(&mut self) {
+        if let Some(handshake) = &self.0 {
+            handshake.cancelled();
+        }
+    }
+}
+
 /// What a connection holds until its socket is closed; its drop gives it back.
 enum Place {
     #[cfg(feature = "net")]
@@ -129,6 +149,7 @@ impl<T> TrackedIo<T> {
         Self {
             socket: SocketGuard::NONE,
             io,
+            set_up: SetUp::NONE,
             guard,
             place: None,
             streams: StreamsOf::NONE,
@@ -160,6 +181,16 @@ impl<T> TrackedIo<T> {
             use std::os::fd::AsRawFd;
             self.socket = SocketGuard::new(self.guard.connection(), socket.as_raw_fd());
         }
+        self
+    }
+
+    /// Its set-up lasts until this handshake is over.
+    #[cfg(all(feature = "server", feature = "tls"))]
+    pub(crate) fn with_handshake(
+        mut self,
+        handshake: crate::record::recorder::HandshakeHandle,
+    ) -> Self {
+        self.set_up = SetUp(Some(handshake));
         self
     }
 
@@ -227,6 +258,7 @@ impl<T> TrackedIo<T> {
         TrackedIo {
             socket: self.socket,
             io: wrap(self.io),
+            set_up: self.set_up,
             guard: self.guard,
             place: self.place,
             streams: self.streams,

@@ -46,6 +46,10 @@
 //!   every event of Go's proposal for transport hooks, and who held what a slow request waited for.
 //! - **Another client?** [`Conntrack::connector`] wraps any tower connector, [`Dialer::connect`] opens
 //!   a tracked stream for any protocol, [`Dialer::track`] tracks any future that yields a stream.
+//! - **A server?** [`Conntrack::serve`] runs a `tower` service over HTTP/1 and HTTP/2: its connections go
+//!   through Go's states (new, active, idle, hijacked, closed), slow clients have timeouts, and
+//!   [`DrainHandle::drain`] ends it without losing anybody. [`ServerLayer`] and [`ServerService`] do the
+//!   same for axum, tonic and loops of your own; [`ServerTls`] is TLS for it, [`StateTracker`] Go's hook.
 //! - **Another listener?** Implement [`Accept`] for it; or hand streams to
 //!   [`Conntrack::track_accepted`].
 //! - **Your own eyes?** [`Observer`], [`Hooks`] and [`channel`] get every event;
@@ -55,7 +59,7 @@
 //!
 //! # How it is built
 //!
-//! Facts flow one way: *sources* (listener, dialer, connector, client layer) tell the *record*, and
+//! Facts flow one way: *sources* (listener, server, dialer, connector, client layer) tell the *record*, and
 //! *sinks* (spans, metrics, observers) read it. There is one truth: gauges, counters, snapshots and
 //! events come from the same changes of state, so they agree. What opens closes once, on success,
 //! failure, cancel, panic and shutdown. No foreign code runs under a lock. Everything is bounded,
@@ -65,8 +69,9 @@
 //!
 //! | feature | default | what |
 //! |---|---|---|
-//! | `net` | yes | [`Listener`], [`Dialer`] |
+//! | `net` | yes | [`Listener`], [`Dialer`], [`DrainHandle`], [`StateTracker`]; with `hyper`, [`ServerLayer`] |
 //! | `hyper` | yes | hyper's I/O traits, [`Connector`], [`RequestLayer`] |
+//! | `server` | yes | [`Server`]: HTTP/1 and HTTP/2 with states, timeouts and drain, on hyper-util's auto server |
 //! | `transport` | yes | [`Transport`], the pooling HTTP client |
 //! | `otlp` | yes | [`Builder::init`]: SDK, OTLP exporters, `tracing` subscriber |
 //! | `prometheus` | yes | the scrape endpoint and go-conntrack's names |
@@ -88,7 +93,9 @@
         feature = "transport",
         feature = "prometheus",
         feature = "reqwest-transport",
-        feature = "stock"
+        feature = "server",
+        feature = "stock",
+        feature = "tls"
     )),
     allow(rustdoc::broken_intra_doc_links)
 )]
@@ -161,6 +168,7 @@ pub use outbound::http_dialer::HttpIo;
 pub use outbound::name::DialName;
 #[cfg(feature = "net")]
 pub use outbound::resolve::{Resolve, Resolving, SystemResolver};
+pub use record::accept_queue::AcceptQueue;
 pub use record::close_watch::{CloseWatchSource, CloseWatchStats};
 pub use record::handle::{ConnectionRecord, RequestGuard};
 pub use record::pool::{PoolHostStats, PoolLimits, PoolStats};

@@ -155,6 +155,8 @@ hooks! {
     on_state_changed => Some("StateChanged"),
     /// Called when `accept` failed.
     on_accept_error => Some("AcceptError"),
+    /// Called when a listener's `max_connections` is reached.
+    on_max_connections_hit => Some("MaxConnectionsHit"),
     /// Called when a connection was turned away.
     on_rejected => Some("Rejected"),
     /// Called when a connection is closed.

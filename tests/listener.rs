@@ -12,9 +12,10 @@ use std::pin::pin;
 use std::task::Poll;
 
 use otel_conntrack::{
-    CloseReason, ConnectionEventKind as Kind, Conntrack, Endpoint, RejectReason, WhenFull,
+    CloseReason, ConnectionEventKind as Kind, Conntrack, Endpoint, Hooks, RejectReason, WhenFull,
+    channel,
 };
-use support::peers::{listener, watched};
+use support::peers::{line, listener, watched};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -62,6 +63,61 @@ async fn at_its_limit_a_listener_accepts_when_a_stream_was_dropped_and_not_befor
     let stats = listener(&conntrack, "http");
     assert_eq!((stats.accepted, stats.open), (2, 1));
     assert_eq!(stats.rejected(RejectReason::MaxConnections), 0);
+}
+
+#[tokio::test]
+async fn a_limit_that_is_hit_is_told_before_what_comes_of_it() {
+    let (told, hits) = std::sync::mpsc::channel();
+    let hooks = Hooks::new().on_max_connections_hit(move |event| {
+        let _ = told.send((event.kind.name(), event.connection));
+    });
+    let (observer, mut events) = channel(64);
+    let builder = Conntrack::builder().observer(observer).observer(hooks);
+    let conntrack = builder.build().unwrap();
+    for when_full in [WhenFull::Wait, WhenFull::Reject] {
+        let http = conntrack.listener("http").max_connections(2);
+        let http = http.when_full(when_full).bind("127.0.0.1:0").await;
+        let mut http = http.unwrap();
+        let address = http.local_addr().unwrap();
+        let _clients = (
+            TcpStream::connect(address).await,
+            TcpStream::connect(address).await,
+        );
+        let mut third = TcpStream::connect(address).await.unwrap();
+        let held = [http.accept().await, http.accept().await];
+        let mut byte = [0];
+        let mut accept = Box::pin(http.accept());
+        if when_full == WhenFull::Reject {
+            tokio::select! {
+                _ = &mut accept => panic!("there is no room"),
+                read = third.read(&mut byte) => assert_eq!(read.unwrap(), 0),
+            }
+        }
+        assert!(waits(&mut accept).await);
+        assert!(waits(&mut accept).await);
+        drop(accept);
+        drop(held);
+        drop(http);
+        let lines = std::iter::from_fn(|| events.try_recv()).map(|event| {
+            let event = event.connection().unwrap();
+            if let Kind::MaxConnectionsHit { limit, open } = event.kind {
+                assert_eq!((limit, open, event.connection), (2, 2, None));
+            }
+            line(&event)
+        });
+        let (accepted, closed) = ("Accepted", "Closed dropped local");
+        let hit = match when_full {
+            WhenFull::Reject => vec!["MaxConnectionsHit", "Rejected max_connections"],
+            _ => vec!["MaxConnectionsHit"],
+        };
+        let expected = [vec![accepted; 2], hit, vec![closed; 2]].concat();
+        assert_eq!(lines.collect::<Vec<_>>(), expected);
+        assert_eq!(
+            hits.try_iter().collect::<Vec<_>>(),
+            [("MaxConnectionsHit", None)]
+        );
+    }
+    assert_eq!(listener(&conntrack, "http").limit_hits, 2);
 }
 
 #[tokio::test]

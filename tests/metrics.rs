@@ -14,6 +14,8 @@ mod hostile;
 
 #[path = "metrics/bounds.rs"]
 mod bounds;
+#[path = "metrics/inbound.rs"]
+mod inbound;
 #[path = "metrics/meaning.rs"]
 mod meaning;
 #[path = "metrics/mishaps.rs"]

@@ -542,6 +542,23 @@ async fn a_drain_cuts_what_stays_in_its_handshake_and_what_was_upgraded() {
     );
     assert_eq!((stats.open, stats.new, stats.tls_handshakes), (0, 0, 0));
     to_end(&mut silent).await;
+    let silent = Some(report.stragglers[0].id);
+    let mut lines = Vec::new();
+    while lines.len() < 4 {
+        let event = site.events.next().await;
+        if event.connection == silent {
+            lines.push(support::peers::line(&event));
+        }
+    }
+    assert_eq!(
+        lines,
+        [
+            "Accepted",
+            "TlsHandshakeStart",
+            "TlsHandshakeDone cancelled",
+            "Closed drain_deadline local"
+        ]
+    );
     assert_eq!(to_end(&mut upgraded).await, b"");
     assert_eq!(to_end(&mut handled).await, b"");
     soon(site.server).await.unwrap();

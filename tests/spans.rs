@@ -14,6 +14,8 @@ mod hostile;
 mod callers;
 #[path = "spans/checkpoints.rs"]
 mod checkpoints;
+#[path = "spans/inbound.rs"]
+mod inbound;
 #[path = "spans/life.rs"]
 mod life;
 #[path = "spans/sampling.rs"]
@@ -100,6 +102,11 @@ fn is_row(row: &SpanName, span: &SpanData) -> bool {
         let inbound = "connection {conntrack.name}";
         assert!(row.meaning.contains(inbound));
         rows.push(inbound);
+    }
+    let nameless = attribute(span, names::SERVER_ADDRESS).is_none();
+    if row.name == "tls handshake {server.address}" && nameless {
+        assert!(row.meaning.contains("`tls handshake` where"));
+        rows.push("tls handshake");
     }
     rows.into_iter().any(|name| {
         let mut filled = name.to_owned();

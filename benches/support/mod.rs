@@ -1,11 +1,13 @@
 //! What benchmarks share.
 #![allow(dead_code, unreachable_pub, missing_docs)]
 
+use std::process::Command;
 use std::time::Duration;
 
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::trace::{Span, SpanData, SpanProcessor};
 use otel_conntrack::opentelemetry::Context;
+use tokio::runtime::Runtime;
 
 /// Drops spans when they end.
 #[derive(Debug, Default)]
@@ -34,4 +36,35 @@ pub fn median(values: &mut [f64]) -> (f64, f64, f64) {
     let low = (n / 2).saturating_sub(margin);
     let high = (n / 2 + margin).min(n - 1);
     (values[n / 2], values[low], values[high])
+}
+
+/// Two workers, as this kind of machine has cores.
+pub fn multi_thread() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .expect("threads")
+}
+
+/// Runs this program again under callgrind with these arguments; none without `valgrind`.
+pub fn instructions(arguments: &[&str]) -> Option<u64> {
+    let output = Command::new("valgrind")
+        .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
+        .arg(std::env::current_exe().ok()?)
+        .args(arguments)
+        .output()
+        .ok()?;
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    let line = text.lines().find(|line| line.contains("Collected :"))?;
+    line.rsplit(' ').next()?.parse().ok()
+}
+
+/// Seconds that this process has kept processors busy.
+pub fn processor() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // The program's name is in parentheses, and may be anything.
+    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+    let ticks = |n| fields.split_whitespace().nth(n)?.parse::<f64>().ok();
+    (ticks(11).unwrap_or_default() + ticks(12).unwrap_or_default()) / 100.0
 }

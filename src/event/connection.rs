@@ -64,8 +64,9 @@ pub struct ConnectionEvent {
     pub direction: Direction,
     /// The listener's or dialer's name.
     pub name: Arc<str>,
-    /// The connection; none for [`AcceptError`](ConnectionEventKind::AcceptError) and
-    /// [`Rejected`](ConnectionEventKind::Rejected), which have none.
+    /// The connection; none for [`AcceptError`](ConnectionEventKind::AcceptError),
+    /// [`Rejected`](ConnectionEventKind::Rejected) and
+    /// [`MaxConnectionsHit`](ConnectionEventKind::MaxConnectionsHit), which have none.
     pub connection: Option<ConnectionId>,
     /// The client of an accepted connection, where it can be told; else none.
     pub peer: Option<Endpoint>,
@@ -168,6 +169,16 @@ pub enum ConnectionEventKind {
         /// Why.
         reason: AcceptErrorReason,
     },
+    /// A listener's `max_connections` was reached: it waits for a place before it accepts the next
+    /// connection (told once, until it had one), or turns a connection away (told for each, before
+    /// [`Rejected`](Self::Rejected)).
+    MaxConnectionsHit {
+        /// The limit.
+        limit: u64,
+        /// Connections open under the listener's name: more than the limit where several listeners
+        /// have that name, fewer where a place is being taken or freed in this moment.
+        open: u64,
+    },
     /// A connection was turned away: accepted and closed at once.
     Rejected {
         /// Why.
@@ -214,6 +225,7 @@ impl ConnectionEventKind {
             Self::Accepted { .. } => "Accepted",
             Self::StateChanged { .. } => "StateChanged",
             Self::AcceptError { .. } => "AcceptError",
+            Self::MaxConnectionsHit { .. } => "MaxConnectionsHit",
             Self::Rejected { .. } => "Rejected",
             Self::Closed { .. } => "Closed",
         }

@@ -24,9 +24,10 @@ use crate::event::{AcceptErrorReason, Direction, Endpoint, RejectReason};
 use crate::inbound::drain::{Door, DrainHandle};
 use crate::inbound::tracker::{SharedTracker, StateTracker, tracker_observer};
 use crate::io::{Endpoints, TrackedIo};
+use crate::record::accept_queue::ListenGuard;
 use crate::record::handle::ConnectionGuard;
 #[cfg(all(feature = "server", feature = "tls"))]
-use crate::record::recorder::Handshake;
+use crate::record::recorder::HandshakeHandle;
 use crate::record::recorder::Spoken;
 use crate::record::{Recorder, Scope};
 use crate::socket::Keepalive;
@@ -84,6 +85,16 @@ pub trait Accept {
     /// The system's.
     fn local_addr(&self) -> io::Result<Self::Addr>;
 
+    /// Its listening TCP socket, for [`ScopeStats::accept_queue`](crate::ScopeStats::accept_queue).
+    /// Default: none, so there is none.
+    ///
+    /// It must be the listener's until that is dropped: a listener that can change its socket says
+    /// none.
+    #[cfg(unix)]
+    fn socket(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        None
+    }
+
     /// Sets TCP options on a stream that was just accepted. Default: none, for what is not TCP.
     fn configure(_io: &Self::Io, _options: &SocketOptions) {}
 }
@@ -105,6 +116,11 @@ impl Accept for TcpListener {
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
         self.local_addr()
+    }
+
+    #[cfg(unix)]
+    fn socket(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        Some(std::os::fd::AsFd::as_fd(self))
     }
 
     fn configure(io: &TcpStream, options: &SocketOptions) {
@@ -313,17 +329,31 @@ impl ListenerBuilder {
             scope.observe(Arc::new(tracker_observer(tracker)));
         }
         Ok(Listener {
+            _queue: queue(&scope, &listener),
             inner: listener,
             recorder: self.declaration.recorder,
             door: Opened(Door::new(scope.clone())),
             scope,
             options: self.options,
             places,
+            limit: self.max_connections.unwrap_or_default() as u64,
             when_full: self.when_full,
             http: self.http,
+            full: false,
             pause: None,
         })
     }
+}
+
+/// Shows a listener's accept queue to its scope.
+#[cfg_attr(not(unix), allow(unused_variables))]
+fn queue<L: Accept>(scope: &Arc<Scope>, listener: &L) -> ListenGuard {
+    #[cfg(unix)]
+    if let Some(socket) = listener.socket() {
+        use std::os::fd::AsRawFd;
+        return ListenGuard::new(scope, socket.as_raw_fd());
+    }
+    ListenGuard::NONE
 }
 
 fn cannot_bind(address: &str, error: io::Error) -> ConfigError {
@@ -359,15 +389,21 @@ fn cannot_bind(address: &str, error: io::Error) -> ConfigError {
 /// # }
 /// ```
 pub struct Listener<L = TcpListener> {
+    // Field order matters: the record forgets the socket, then the socket is closed.
+    _queue: ListenGuard,
     inner: L,
     recorder: Recorder,
     scope: Arc<Scope>,
     options: SocketOptions,
     places: Option<Arc<Semaphore>>,
+    limit: u64,
     when_full: WhenFull,
     http: Option<Spoken>,
     // After what is inside: whoever hears that it is shut finds the address free.
     door: Opened,
+    /// It waits for a place, and that was told. An accept that is given up and begun again is the same
+    /// wait.
+    full: bool,
     /// The last pause after a shortage; none since the last success.
     pause: Option<Duration>,
 }
@@ -397,6 +433,11 @@ impl<L: Accept> Listener<L> {
     #[cfg(feature = "server")]
     pub(crate) const fn door(&self) -> &Arc<Door> {
         &self.door.0
+    }
+
+    #[cfg(feature = "server")]
+    pub(crate) const fn scope(&self) -> &Arc<Scope> {
+        &self.scope
     }
 
     /// The name.
@@ -515,12 +556,13 @@ impl<L: Accept> Listener<L> {
 
     /// The same, and TLS comes first: its states are seen above it.
     #[cfg(all(feature = "server", feature = "tls"))]
-    pub(crate) fn track_tls(&self, taken: Taken<L>) -> (TrackedIo<L::Io>, Handshake) {
+    pub(crate) fn track_tls(&self, taken: Taken<L>) -> (TrackedIo<L::Io>, HandshakeHandle) {
         let Taken { io, place, .. } = taken;
         let (local, peer) = (io.local_endpoint(), io.peer_endpoint());
         let accepted = self.recorder.accepted_for_tls(&self.scope, local, peer);
         let (guard, handshake) = accepted;
-        (self.inside(io, guard, place), handshake)
+        let io = self.inside(io, guard, place);
+        (io.with_handshake(handshake.clone()), handshake)
     }
 
     /// The next stream, with its place; not recorded yet. None once the door is closing and nobody else
@@ -531,12 +573,22 @@ impl<L: Accept> Listener<L> {
             // Waiting for a place comes before accepting, so that a cancel loses no connection.
             let place = match (&self.places, self.when_full) {
                 (Some(places), WhenFull::Wait) => {
-                    let place = async { places.clone().acquire_owned().await.ok() };
-                    match until_closing(&door, place).await {
-                        Some(place) => place,
-                        // There is no place for those that the kernel has.
-                        None => return Ok(None),
-                    }
+                    let place = match places.clone().try_acquire_owned() {
+                        Ok(place) => Some(place),
+                        Err(_) => {
+                            if !std::mem::replace(&mut self.full, true) {
+                                self.recorder.max_connections_hit(&self.scope, self.limit);
+                            }
+                            let place = async { places.clone().acquire_owned().await.ok() };
+                            match until_closing(&door, place).await {
+                                Some(place) => place,
+                                // There is no place for those that the kernel has.
+                                None => return Ok(None),
+                            }
+                        }
+                    };
+                    self.full = false;
+                    place
                 }
                 _ => None,
             };
@@ -588,6 +640,7 @@ impl<L: Accept> Listener<L> {
     fn reject(&self, io: L::Io) {
         let peer: Option<Endpoint> = io.peer_endpoint();
         drop(io);
+        self.recorder.max_connections_hit(&self.scope, self.limit);
         self.recorder
             .rejected(&self.scope, RejectReason::MaxConnections, peer);
     }

@@ -21,7 +21,7 @@ use crate::config::ConfigError;
 use crate::inbound::drain::DrainHandle;
 use crate::inbound::listener::{Accept, Listener};
 use crate::inbound::service::{ServerBody, ServerService};
-use crate::inbound::serving::{Drive, Serving, Stage, Timeouts};
+use crate::inbound::serving::{Drive, Serving, Shared, Stage, Timeouts};
 use crate::io::{Endpoints, TrackedIo};
 use crate::record::handle::ConnectionRecord;
 
@@ -160,6 +160,13 @@ impl<L: Accept, S> ServerBuilder<L, S> {
                 return Err(ConfigError::new(setting, "0ns", help));
             }
         }
+        // From here on a zero is a fact.
+        let scope = self.listener.scope();
+        scope.see_states();
+        #[cfg(feature = "tls")]
+        if self.tls.is_some() {
+            scope.see_tls();
+        }
         Ok(Server { builder: self })
     }
 }
@@ -264,6 +271,10 @@ where
         } = self.builder;
         let door = listener.door().clone();
         let http = Arc::new(http);
+        let shared = Arc::new(Shared {
+            door: door.clone(),
+            timeouts,
+        });
         loop {
             let taken = tokio::select! {
                 biased;
@@ -312,7 +323,7 @@ where
             let lifetime = timeouts
                 .lifetime
                 .map(|lifetime| jittered(lifetime, &record));
-            let serving = Serving::new(stage, record.0, door.clone(), timeouts, lifetime);
+            let serving = Serving::new(stage, record.0, shared.clone(), lifetime);
             tokio::spawn(serving);
         }
         // The address is free from here on.
@@ -336,27 +347,18 @@ fn jittered(lifetime: Duration, record: &ConnectionRecord) -> Duration {
 async fn secured<T>(
     tls: crate::ServerTls,
     io: TrackedIo<T>,
-    handshake: crate::record::recorder::Handshake,
+    handshake: crate::record::recorder::HandshakeHandle,
 ) -> Option<ServerIo<T>>
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
     let record = io.record();
-    // Why it failed is told by then: the handshake's end comes before the connection's.
-    let (handshaken, handshake) = tls.handshake_told(io, handshake).await.ok()?;
+    // A refused client is sent an alert and a farewell; the reason is known before.
+    let failed = |reason, name: Option<&Arc<str>>| handshake.failed(reason, name);
+    let handshaken = tls.handshake_told(io, || handshake.begins(), failed).await;
+    let handshaken = handshaken.ok()?;
     handshake.done(handshaken.facts);
     Some(ServerIo::secure(handshaken.stream, record))
-}
-
-#[cfg(feature = "tls")]
-impl crate::inbound::tls::Told for crate::record::recorder::Handshake {
-    fn begins(&mut self) {
-        Self::begins(self);
-    }
-
-    fn failed(&mut self, reason: crate::FailureReason, server_name: Option<&Arc<str>>) {
-        Self::failed(self, reason, server_name);
-    }
 }
 
 impl<I, S, B> Drive for auto::UpgradeableConnection<'static, I, S, TokioExecutor>

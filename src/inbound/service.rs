@@ -14,7 +14,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use http::{HeaderMap, Method, Request, Response, StatusCode, Version, header};
+use http::{HeaderMap, HeaderName, Method, Request, Response, StatusCode, Version, header};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
@@ -349,6 +349,10 @@ fn says_close(headers: &HeaderMap) -> bool {
 }
 
 fn says(headers: &HeaderMap, word: &str) -> bool {
+    // Most requests and responses have no such header, or one.
+    if !headers.contains_key(header::CONNECTION) {
+        return false;
+    }
     headers.get_all(header::CONNECTION).iter().any(|value| {
         let mut words = value.as_bytes().split(|byte| *byte == b',');
         words.any(|it| it.trim_ascii().eq_ignore_ascii_case(word.as_bytes()))
@@ -357,7 +361,9 @@ fn says(headers: &HeaderMap, word: &str) -> bool {
 
 /// The caller's span (W3C Trace Context, section 3.2.2); none if it is not as it should be.
 fn traceparent(headers: &HeaderMap) -> Option<TraceRef> {
-    let text = headers.get("traceparent")?.as_bytes();
+    // Made at compile time: to read the name anew costs more than to look it up.
+    static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+    let text = headers.get(&TRACEPARENT)?.as_bytes();
     let (head, after) = text.split_at_checked(55)?;
     // A later version may have more, after another dash.
     let version = hex::<1>(&head[..2])?[0];

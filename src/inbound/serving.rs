@@ -32,6 +32,12 @@ pub(crate) struct Timeouts {
     pub(crate) lifetime: Option<Duration>,
 }
 
+/// What all connections of a server have in common.
+pub(crate) struct Shared {
+    pub(crate) door: Arc<Door>,
+    pub(crate) timeouts: Timeouts,
+}
+
 /// hyper's connection, as far as it is needed here.
 pub(crate) trait Drive: Future {
     /// No further request after those that run.
@@ -55,18 +61,24 @@ pin_project! {
         #[pin]
         stage: Stage<C>,
         connection: Arc<Connection>,
-        door: Arc<Door>,
+        shared: Arc<Shared>,
         #[pin]
         turned: OwnedNotified,
         listens: bool,
         // It was asked to finish.
         told: bool,
-        timeouts: Timeouts,
         accepted: Instant,
-        ends: Option<Instant>,
-        rest: Option<Rest>,
-        timer: Option<Pin<Box<Sleep>>>,
+        // Most connections need none most of the time.
+        timing: Option<Box<Timing>>,
     }
+}
+
+/// The times of a connection.
+struct Timing {
+    /// When it has lived long enough.
+    ends: Option<Instant>,
+    rest: Option<Rest>,
+    timer: Option<Pin<Box<Sleep>>>,
 }
 
 /// A rest that a timer was set for.
@@ -119,23 +131,21 @@ impl<C> Serving<C> {
     pub(crate) fn new(
         stage: Stage<C>,
         connection: Arc<Connection>,
-        door: Arc<Door>,
-        timeouts: Timeouts,
+        shared: Arc<Shared>,
         lifetime: Option<Duration>,
     ) -> Self {
         let accepted = Instant::now();
+        let ends = lifetime.and_then(|lifetime| accepted.checked_add(lifetime));
+        let timing = ends.is_some().then(|| Timing::until(ends));
         Self {
             stage,
             connection,
-            turned: door.turned().clone().notified_owned(),
-            door,
+            turned: shared.door.turned().clone().notified_owned(),
+            shared,
             listens: false,
             told: false,
-            timeouts,
             accepted,
-            ends: lifetime.and_then(|lifetime| accepted.checked_add(lifetime)),
-            rest: None,
-            timer: None,
+            timing,
         }
     }
 }
@@ -202,7 +212,7 @@ impl<C: Drive> Serving<C> {
                 Poll::Pending => break,
                 // It turned once already, and may again.
                 Poll::Ready(()) => {
-                    let again = this.door.turned().clone().notified_owned();
+                    let again = this.shared.door.turned().clone().notified_owned();
                     this.turned.set(again);
                 }
             }
@@ -211,15 +221,18 @@ impl<C: Drive> Serving<C> {
     }
 
     fn judge(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Verdict {
-        if self.door.is_closing() {
-            // The notification was for this; the next one is for what comes after.
+        if self.shared.door.is_closing() {
+            // The notification was for this; the next one is for what comes after. So it is asked for
+            // before the look: a turn between the two would wake nobody.
             self.as_mut().listen(cx);
-            if self.door.is_cut() {
+            let door = &self.shared.door;
+            let (shut, cut) = (door.is_shut(), door.is_cut());
+            if cut {
                 return Verdict::Drop(CloseReason::DrainDeadline);
             }
             // Who began a request and is not told yet is told with the request: hyper would take a kept
             // connection for idle and close it.
-            if self.door.is_shut()
+            if shut
                 && !self.told
                 && self.connection.state() != ConnectionState::New
                 && !self.connection.reads_head()
@@ -228,38 +241,68 @@ impl<C: Drive> Serving<C> {
             }
         }
         let this = self.project();
-        let told = *this.told;
+        let (connection, told) = (&**this.connection, *this.told);
         let serving = matches!(this.stage.project(), StageProj::Serving { .. });
-        let wanted = this.timeouts.wanted(this.connection, this.door, told);
-        match (wanted, &this.rest) {
+        let wanted = this.shared.wanted(connection, told);
+        if wanted.is_none() && this.timing.is_none() {
+            return Verdict::Fine;
+        }
+        let timing = this.timing.get_or_insert_with(|| Timing::until(None));
+        // A request that was begun comes first, as above. (A handshake has a timeout of its own.)
+        let may_end = serving && !told && !connection.reads_head();
+        let verdict = timing.judge(connection, *this.accepted, wanted, may_end, serving, cx);
+        if timing.timer.is_none() && timing.ends.is_none() {
+            *this.timing = None;
+        }
+        verdict
+    }
+}
+
+impl Timing {
+    fn until(ends: Option<Instant>) -> Box<Self> {
+        Box::new(Self {
+            ends,
+            rest: None,
+            timer: None,
+        })
+    }
+
+    fn judge(
+        &mut self,
+        connection: &Connection,
+        accepted: Instant,
+        wanted: Option<(Why, Duration)>,
+        may_end: bool,
+        serving: bool,
+        cx: &mut Context<'_>,
+    ) -> Verdict {
+        match (wanted, &self.rest) {
             (Some((why, _)), Some(rest)) if rest.why == why => {}
             (Some((why, timeout)), _) => {
                 let from = match why {
-                    Why::New | Why::NewAtTheEnd => *this.accepted,
+                    Why::New | Why::NewAtTheEnd => accepted,
                     // The first request has one time, silence and head together.
-                    Why::Head if this.connection.requests() == 0 => *this.accepted,
+                    Why::Head if connection.requests() == 0 => accepted,
                     _ => Instant::now(),
                 };
                 let until = from.checked_add(timeout);
-                *this.rest = until.map(|until| Rest::begins(why, until, this.connection));
+                self.rest = until.map(|until| Rest::begins(why, until, connection));
             }
             // What is set for idleness stays set over a request; the rest is over for good.
-            (None, Some(rest)) if rest.why != Why::Idle => *this.rest = None,
+            (None, Some(rest)) if rest.why != Why::Idle => self.rest = None,
             (None, _) => {}
         }
-        // As above: a request that was begun comes first. (A handshake has a timeout of its own.)
-        let may_end = serving && !told && !this.connection.reads_head();
         loop {
-            let until = match (&*this.rest, this.ends.filter(|_| may_end)) {
+            let until = match (&self.rest, self.ends.filter(|_| may_end)) {
                 (Some(rest), Some(ends)) => rest.until.min(ends),
                 (Some(rest), None) => rest.until,
                 (None, Some(ends)) => ends,
                 (None, None) => {
-                    *this.timer = None;
+                    self.timer = None;
                     return Verdict::Fine;
                 }
             };
-            let timer = match this.timer {
+            let timer = match &mut self.timer {
                 Some(timer) => {
                     if timer.deadline() != until {
                         timer.as_mut().reset(until);
@@ -268,24 +311,23 @@ impl<C: Drive> Serving<C> {
                     }
                     timer
                 }
-                None => this.timer.insert(Box::pin(sleep_until(until))),
+                None => self.timer.insert(Box::pin(sleep_until(until))),
             };
             if timer.as_mut().poll(cx).is_pending() {
                 return Verdict::Fine;
             }
-            if this.ends.is_some_and(|ends| ends <= until) && may_end {
+            if self.ends.is_some_and(|ends| ends <= until) && may_end {
                 return Verdict::Finish(CloseReason::MaxLifetime);
             }
-            let Some(rest) = this.rest.take() else {
+            let Some(rest) = self.rest.take() else {
                 continue;
             };
-            let still = wanted.is_some_and(|(why, _)| why == rest.why);
-            if !still {
+            let Some((why, timeout)) = wanted.filter(|(why, _)| *why == rest.why) else {
                 // It works just now; the next rest is timed anew.
                 continue;
-            }
-            if !rest.was_interrupted(this.connection) {
-                return match rest.why {
+            };
+            if !rest.was_interrupted(connection) {
+                return match why {
                     // A handshake has a timeout of its own, whoever is slow in it.
                     Why::New | Why::NewAtTheEnd if !serving => Verdict::Fine,
                     Why::New | Why::Head => Verdict::Drop(CloseReason::HeaderTimeout),
@@ -295,32 +337,32 @@ impl<C: Drive> Serving<C> {
                 };
             }
             // It did something in between, and has been idle for less.
-            let (now, timeout) = (Instant::now(), wanted.map_or(Duration::ZERO, |(_, t)| t));
-            let idle_for = match rest.why {
-                Why::Idle => this.connection.idle_for(this.connection.elapsed()),
+            let idle_for = match why {
+                Why::Idle => connection.idle_for(connection.elapsed()),
                 _ => None,
             };
             let left = timeout.saturating_sub(idle_for.unwrap_or_default());
-            let until = now.checked_add(left);
-            *this.rest = until.map(|until| Rest::begins(rest.why, until, this.connection));
+            let until = Instant::now().checked_add(left);
+            self.rest = until.map(|until| Rest::begins(why, until, connection));
         }
     }
 }
 
-impl Timeouts {
+impl Shared {
     /// For how long the connection may be as it is now, and why not longer.
-    fn wanted(&self, connection: &Connection, door: &Door, told: bool) -> Option<(Why, Duration)> {
+    fn wanted(&self, connection: &Connection, told: bool) -> Option<(Why, Duration)> {
+        let Timeouts { header, idle, .. } = self.timeouts;
         match connection.state() {
-            ConnectionState::New if door.is_shut() => {
-                let timeout = self.header.map_or(FIRST_REQUEST, |t| t.min(FIRST_REQUEST));
+            ConnectionState::New if self.door.is_shut() => {
+                let timeout = header.map_or(FIRST_REQUEST, |t| t.min(FIRST_REQUEST));
                 Some((Why::NewAtTheEnd, timeout))
             }
-            ConnectionState::New => self.header.map(|timeout| (Why::New, timeout)),
+            ConnectionState::New => header.map(|timeout| (Why::New, timeout)),
             ConnectionState::Active if connection.reads_head() => {
-                self.header.map(|timeout| (Why::Head, timeout))
+                header.map(|timeout| (Why::Head, timeout))
             }
             ConnectionState::Idle if told => Some((Why::Farewell, FAREWELL)),
-            ConnectionState::Idle => self.idle.map(|timeout| (Why::Idle, timeout)),
+            ConnectionState::Idle => idle.map(|timeout| (Why::Idle, timeout)),
             _ => None,
         }
     }

@@ -485,38 +485,13 @@ pub(crate) struct Handshaken<T> {
 #[derive(Debug)]
 #[cfg_attr(
     not(test),
-    expect(dead_code, reason = "for whoever looks at it while debugging")
+    expect(dead_code, reason = "its reader is told in `failed`")
 )]
 pub(crate) struct HandshakeError {
     pub(crate) reason: FailureReason,
     /// What the client asked for, if it came to that.
     pub(crate) server_name: Option<Arc<str>>,
     pub(crate) source: io::Error,
-}
-
-/// Who is told of the steps of a handshake.
-pub(crate) trait Told {
-    /// It has its place and begins.
-    fn begins(&mut self);
-
-    /// It failed, and the stream is still there: who tracks it can say why it ends before it sees that
-    /// it ends.
-    fn failed(&mut self, reason: FailureReason, server_name: Option<&Arc<str>>);
-}
-
-#[cfg(test)]
-impl<S: FnOnce(), F: FnOnce(FailureReason)> Told for (Option<S>, Option<F>) {
-    fn begins(&mut self) {
-        if let Some(started) = self.0.take() {
-            started();
-        }
-    }
-
-    fn failed(&mut self, reason: FailureReason, _: Option<&Arc<str>>) {
-        if let Some(failed) = self.1.take() {
-            failed(reason);
-        }
-    }
 }
 
 impl ServerTls {
@@ -537,28 +512,21 @@ impl ServerTls {
     where
         T: AsyncRead + AsyncWrite + Unpin,
     {
-        let told = (Some(started), None::<fn(FailureReason)>);
-        let (handshaken, _) = self.handshake_told(io, told).await?;
-        Ok(handshaken)
+        self.handshake_told(io, started, |_, _| ()).await
     }
 
-    /// As [`handshake`](Self::handshake), with somebody who is told, and given back when it went well.
-    /// Dropped, too, it drops whom it tells before the stream.
-    pub(crate) async fn handshake_told<T, W>(
+    /// The same, and `failed` is called when the reason is known and the stream is still there: who
+    /// tracks the stream can say why it ends before it sees that it ends.
+    pub(crate) async fn handshake_told<T>(
         &self,
         io: T,
-        told: W,
-    ) -> Result<(Handshaken<T>, W), HandshakeError>
+        started: impl FnOnce(),
+        failed: impl FnOnce(FailureReason, Option<&Arc<str>>),
+    ) -> Result<Handshaken<T>, HandshakeError>
     where
         T: AsyncRead + AsyncWrite + Unpin,
-        W: Told,
     {
         let inner = &*self.0;
-        let server_name = OnceLock::new();
-        // Pinned here, so that the stream outlives the call of `failed`.
-        let mut steps = pin!(self.steps(io, &server_name));
-        // What is declared later is dropped earlier.
-        let mut told = told;
         let now = Instant::now();
         let deadline = now
             .checked_add(inner.handshake_timeout)
@@ -570,22 +538,25 @@ impl ServerTls {
         };
         // tokio's semaphore is fair; it is never closed.
         let Ok(_place) = timeout_at(deadline, inner.places.acquire()).await else {
-            told.failed(FailureReason::TimedOut, None);
+            failed(FailureReason::TimedOut, None);
             return Err(late(format!(
                 "no place for a TLS handshake in {:?}: {} run at once (tls max_handshakes)",
                 inner.handshake_timeout, inner.max_handshakes
             )));
         };
-        told.begins();
+        started();
         self.look_if_due();
+        let server_name = OnceLock::new();
+        // Pinned here, so that the stream outlives the call of `failed`.
+        let mut steps = pin!(self.steps(io, &server_name));
         match timeout_at(deadline, steps.as_mut()).await {
             Ok(Ok(stream)) => {
                 let facts = facts(stream.get_ref().1, server_name.get().cloned());
-                Ok((Handshaken { stream, facts }, told))
+                Ok(Handshaken { stream, facts })
             }
             Ok(Err((source, io))) => {
                 let reason = reason(&source);
-                told.failed(reason, server_name.get());
+                failed(reason, server_name.get());
                 if let Some(io) = io.filter(|_| alerted(&source)) {
                     farewell(io, deadline).await;
                 }
@@ -596,7 +567,7 @@ impl ServerTls {
                 })
             }
             Err(_) => {
-                told.failed(FailureReason::TimedOut, server_name.get());
+                failed(FailureReason::TimedOut, server_name.get());
                 Err(HandshakeError {
                     server_name: server_name.get().cloned(),
                     ..late(format!(

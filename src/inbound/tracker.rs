@@ -180,31 +180,40 @@ pub struct ComposedTrackers {
 /// Go: `httptrack.Wrap(server, httptrack.Compose(&statsTracker, &connTracker))`.
 ///
 /// ```
+/// # #[cfg(feature = "server")]
 /// # #[tokio::main(flavor = "current_thread")]
 /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use std::sync::Arc;
 /// use otel_conntrack::{ConnTracker, Conntrack, SharedTracker, StatsTracker, compose_trackers};
 ///
-/// let stats = StatsTracker::default();
-/// let connections = ConnTracker::default();
+/// # let hello = tower::service_fn(async |_: http::Request<hyper::body::Incoming>| {
+/// #     Ok::<_, std::convert::Infallible>(http::Response::new(String::from("hello")))
+/// # });
+/// let stats_tracker = StatsTracker::default();
+/// let conn_tracker = ConnTracker::default();
 ///
 /// let conntrack = Conntrack::builder().build()?;
-/// let mut listener = conntrack
+/// let listener = conntrack
 ///     .listener("http")
 ///     .state_tracker(compose_trackers([
-///         Arc::new(stats.clone()) as SharedTracker,
-///         Arc::new(connections.clone()),
+///         Arc::new(stats_tracker.clone()) as SharedTracker,
+///         Arc::new(conn_tracker.clone()),
 ///     ]))
 ///     .bind("127.0.0.1:0")
 ///     .await?;
-///
-/// # let _client = tokio::net::TcpStream::connect(listener.local_addr()?).await?;
-/// let (stream, _) = listener.accept().await;
-/// tokio::spawn(async move { drop(stream) });
-/// connections.wait().await;
-/// assert_eq!(stats.stats().closed_total, 1);
+/// let server = conntrack.serve(listener, hello).build()?;
+/// # let client = tokio::net::TcpStream::connect(server.local_addr()?).await?;
+/// # tokio::spawn(server.run());
+/// # while conn_tracker.count() == 0 {
+/// #     tokio::task::yield_now().await;
+/// # }
+/// # drop(client);
+/// # conn_tracker.wait().await;
+/// # // Who is called before has been told.
+/// # assert_eq!(stats_tracker.stats().closed_total, 1);
 /// # Ok(())
 /// # }
+/// # #[cfg(not(feature = "server"))] fn main() {}
 /// ```
 pub fn compose_trackers<T: StateTracker>(
     trackers: impl IntoIterator<Item = T>,
@@ -449,31 +458,46 @@ impl StateStats {
 ///
 /// # Example
 ///
+/// Go: `server.ConnState = statsTracker.Track`.
+///
 /// ```
+/// # #[cfg(feature = "server")]
 /// # #[tokio::main(flavor = "current_thread")]
 /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use otel_conntrack::{Conntrack, StatsTracker};
 ///
+/// # use tokio::io::{AsyncReadExt, AsyncWriteExt};
+/// # let hello = tower::service_fn(async |_: http::Request<hyper::body::Incoming>| {
+/// #     Ok::<_, std::convert::Infallible>(http::Response::new(String::from("hello")))
+/// # });
 /// let stats_tracker = StatsTracker::default();
 /// let conntrack = Conntrack::builder().build()?;
-/// let mut listener = conntrack
+/// let listener = conntrack
 ///     .listener("http")
 ///     .state_tracker(stats_tracker.clone())
 ///     .bind("127.0.0.1:0")
 ///     .await?;
-///
-/// # let _client = tokio::net::TcpStream::connect(listener.local_addr()?).await?;
-/// let (stream, _) = listener.accept().await;
-/// // A protocol of your own says itself when a request runs.
-/// let request = stream.record().request_started();
+/// let server = conntrack.serve(listener, hello).build()?;
+/// # let mut client = tokio::net::TcpStream::connect(server.local_addr()?).await?;
+/// tokio::spawn(server.run());
+/// # client.write_all(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n").await?;
+/// # while stats_tracker.stats().idle == 0 {
+/// #     tokio::task::yield_now().await;
+/// # }
 ///
 /// let stats = stats_tracker.stats();
 /// println!("Active: {} Idle: {} Closed: {}", stats.active, stats.idle, stats.closed_total);
-/// # assert_eq!((stats.accepted, stats.active, stats.idle, stats.closed_total), (0, 1, 0, 0));
-/// # drop(request);
-/// # assert_eq!((stats_tracker.stats().active, stats_tracker.stats().idle), (0, 1));
+/// # assert_eq!((stats.active, stats.idle, stats.closed_total), (0, 1, 0));
+/// # assert_eq!((stats.accepted_total, stats.active_total, stats.idle_total), (1, 1, 1));
+/// # client.shutdown().await?;
+/// # client.read_to_end(&mut Vec::new()).await?;
+/// # while stats_tracker.stats().closed_total == 0 {
+/// #     tokio::task::yield_now().await;
+/// # }
+/// # assert_eq!(stats_tracker.stats().idle, 0);
 /// # Ok(())
 /// # }
+/// # #[cfg(not(feature = "server"))] fn main() {}
 /// ```
 #[derive(Clone, Default)]
 pub struct StatsTracker(Arc<Mutex<Counted>>);
@@ -568,10 +592,11 @@ impl fmt::Debug for StatsTracker {
 ///
 /// What it does not wait for:
 ///
-/// - hijacked connections, as in Go (a server's `drain()` waits for them);
+/// - hijacked connections, as in Go ([`DrainHandle::drain`](crate::DrainHandle::drain) waits for
+///   them);
 /// - connections that were there before it;
 /// - requests that outlive their connection, such as HTTP/2 handlers that run on as tasks of their own
-///   (`drain()` waits for them, too).
+///   ([`DrainHandle::drain`](crate::DrainHandle::drain) waits for them, too).
 ///
 /// It knows what it was told. While one thread tells, the news of another thread waits for its turn, so
 /// a connection that was accepted at this instant may be missing. And when events were dropped because
@@ -580,32 +605,42 @@ impl fmt::Debug for StatsTracker {
 ///
 /// # Example
 ///
+/// Go: `server.Close()`, then `connTracker.Wait()`. Here [`DrainHandle::drain`](crate::DrainHandle::drain)
+/// closes the connections and waits for them itself; this one waits until the trackers know it.
+///
 /// ```
+/// # #[cfg(feature = "server")]
 /// # #[tokio::main(flavor = "current_thread")]
 /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::time::Duration;
 /// use otel_conntrack::{ConnTracker, Conntrack};
 ///
+/// # let hello = tower::service_fn(async |_: http::Request<hyper::body::Incoming>| {
+/// #     Ok::<_, std::convert::Infallible>(http::Response::new(String::from("hello")))
+/// # });
 /// let conn_tracker = ConnTracker::default();
 /// let conntrack = Conntrack::builder().build()?;
-/// let mut listener = conntrack
+/// let listener = conntrack
 ///     .listener("http")
 ///     .state_tracker(conn_tracker.clone())
 ///     .bind("127.0.0.1:0")
 ///     .await?;
-///
-/// # let _client = tokio::net::TcpStream::connect(listener.local_addr()?).await?;
-/// let (stream, _) = listener.accept().await;
-/// tokio::spawn(async move {
-///     // ... serve it; the connection is done when the stream is dropped ...
-///     drop(stream);
-/// });
+/// let server = conntrack.serve(listener, hello).build()?;
+/// let handle = server.handle();
+/// # let client = tokio::net::TcpStream::connect(server.local_addr()?).await?;
+/// tokio::spawn(server.run());
+/// # while conn_tracker.count() == 0 {
+/// #     tokio::task::yield_now().await;
+/// # }
+/// # drop(client);
 ///
 /// // On shutdown:
-/// drop(listener);
+/// let report = handle.drain(Duration::from_secs(10)).await;
 /// conn_tracker.wait().await; // until all connections are done
-/// assert_eq!(conn_tracker.count(), 0);
+/// assert_eq!((conn_tracker.count(), report.is_clean()), (0, true));
 /// # Ok(())
 /// # }
+/// # #[cfg(not(feature = "server"))] fn main() {}
 /// ```
 #[derive(Clone, Default)]
 pub struct ConnTracker(Arc<Waiting>);

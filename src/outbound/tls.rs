@@ -99,7 +99,10 @@ where
     });
     match TlsConnector::from(config).connect(name, io).await {
         Ok(stream) => {
-            let _ = attempt.connection().tls.set(facts(stream.get_ref().1, sni));
+            let _ = attempt
+                .connection()
+                .tls
+                .set(Box::new(facts(stream.get_ref().1, sni)));
             phase.done();
             Ok(stream)
         }

@@ -7,7 +7,7 @@
 //! written only under the lock of the connection's shard, and read with relaxed order outside of
 //! it: a reader that needs them to agree uses [`snapshot`](Connection::snapshot).
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -15,6 +15,7 @@ use crate::event::{
     CloseReason, ConnectionEventKind, ConnectionId, ConnectionState, Endpoint, FailureReason,
     Initiator, ProtocolVersion, Target, TcpInfo, TlsFacts, TraceRef,
 };
+use crate::record::cells::CellRef;
 use crate::record::scope::{HostSlot, Shard};
 use crate::record::socket_slot::SocketSlot;
 use crate::record::states::{Changes, Facts, Input, States};
@@ -35,13 +36,14 @@ pub(crate) struct Connection {
     pub(crate) id: ConnectionId,
     pub(crate) scope: Arc<Scope>,
     pub(crate) host_slot: HostSlot,
-    pub(crate) target: Option<Target>,
+    /// Boxed, as all that not every connection has: there are many of them.
+    pub(crate) target: Option<Box<Target>>,
     pub(crate) started: Instant,
     pub(crate) started_wall: SystemTime,
     pub(crate) ends: OnceLock<Ends>,
-    pub(crate) tls: OnceLock<TlsFacts>,
-    pub(crate) failed: OnceLock<(FailureReason, Duration)>,
-    pub(crate) closed: OnceLock<Close>,
+    pub(crate) tls: OnceLock<Box<TlsFacts>>,
+    pub(crate) failed: OnceLock<Box<(FailureReason, Duration)>>,
+    pub(crate) closed: OnceLock<Box<Close>>,
     /// The set-up span, written before anybody can use the connection.
     pub(crate) trace: OnceLock<TraceRef>,
     pub(crate) socket: SocketSlot,
@@ -50,11 +52,7 @@ pub(crate) struct Connection {
     pub(crate) http_info: OnceLock<Box<hyper_util::client::legacy::connect::HttpInfo>>,
     /// What the kernel said last, where it said something at the end.
     last_tcp: OnceLock<Box<TcpInfo>>,
-    pill: Mutex<Pill>,
-    /// Nanoseconds after `started` plus one of an end that is told later; zero for none.
-    gone: AtomicU64,
-    phases: Mutex<Vec<Phase>>,
-    timeline: Mutex<Timeline>,
+    aside: OnceLock<Box<Aside>>,
     keeps_timeline: AtomicBool,
     expired: AtomicBool,
     state: AtomicU8,
@@ -63,20 +61,22 @@ pub(crate) struct Connection {
     facts: AtomicU16,
     /// Through which listener it came, of those of its name; zero for none.
     door: AtomicU32,
-    /// The trace of the request that is served; allocated once one has a trace.
-    serving: OnceLock<Box<Mutex<Option<TraceRef>>>>,
-    in_flight: AtomicU32,
-    requests: AtomicU64,
-    /// Nanoseconds after `started` plus one; zero while not idle.
-    idle_since: AtomicU64,
-    bytes_read: AtomicU64,
-    bytes_written: AtomicU64,
+    /// What is counted, and its times that change.
+    pub(crate) cell: CellRef,
     /// The first reason seen to close: index plus one, with its initiator; zero for none.
     close_hint: AtomicU8,
     /// The life span's writer takes this, so that it is written once, by close or by shutdown.
     life_span: AtomicBool,
-    /// Nanoseconds after `started` of the last checkpoint.
-    pub(crate) checkpoint: AtomicU64,
+}
+
+/// What few connections have at any time, made when it is first needed.
+#[derive(Default)]
+struct Aside {
+    pill: Mutex<Pill>,
+    phases: Mutex<Vec<Phase>>,
+    timeline: Mutex<Timeline>,
+    /// The trace of the request that is served.
+    serving: Mutex<Option<TraceRef>>,
 }
 
 /// How the connection's pool is told to use it no more (hyper-util: *poison*).
@@ -136,11 +136,12 @@ impl Connection {
         target: Option<Target>,
         host_slot: HostSlot,
     ) -> Self {
+        let cell = scope.shard(id).cells.take(host_slot);
         Self {
             id,
             scope,
             host_slot,
-            target,
+            target: target.map(Box::new),
             started: Instant::now(),
             started_wall: SystemTime::now(),
             ends: OnceLock::new(),
@@ -152,26 +153,21 @@ impl Connection {
             #[cfg(feature = "reqwest-transport")]
             http_info: OnceLock::new(),
             last_tcp: OnceLock::new(),
-            pill: Mutex::default(),
-            gone: AtomicU64::new(0),
-            phases: Mutex::default(),
-            timeline: Mutex::default(),
+            aside: OnceLock::new(),
             keeps_timeline: AtomicBool::new(false),
             expired: AtomicBool::new(false),
             state: AtomicU8::new(ConnectionState::Connecting as u8),
             protocol: AtomicU8::new(0),
             facts: AtomicU16::new(0),
             door: AtomicU32::new(0),
-            serving: OnceLock::new(),
-            in_flight: AtomicU32::new(0),
-            requests: AtomicU64::new(0),
-            idle_since: AtomicU64::new(0),
-            bytes_read: AtomicU64::new(0),
-            bytes_written: AtomicU64::new(0),
+            cell,
             close_hint: AtomicU8::new(0),
             life_span: AtomicBool::new(false),
-            checkpoint: AtomicU64::new(0),
         }
+    }
+
+    fn aside(&self) -> &Aside {
+        self.aside.get_or_init(Box::default)
     }
 
     // === time ===
@@ -202,7 +198,7 @@ impl Connection {
     #[cfg_attr(not(feature = "hyper"), allow(dead_code))]
     pub(crate) fn set_pill(&self, poison: impl Fn() + Send + Sync + 'static) {
         let poison: Arc<dyn Fn() + Send + Sync> = Arc::new(poison);
-        let mut pill = lock(&self.pill);
+        let mut pill = lock(&self.aside().pill);
         if self.closed.get().is_some() {
             return;
         }
@@ -216,7 +212,7 @@ impl Connection {
 
     /// Asks for no further request on it. False if nobody is known yet who could heed it.
     pub(crate) fn poison(&self) -> bool {
-        let mut pill = lock(&self.pill);
+        let mut pill = lock(&self.aside().pill);
         pill.poisoned = true;
         let poison = pill.poison.clone();
         drop(pill);
@@ -235,38 +231,43 @@ impl Connection {
     }
 
     pub(crate) fn requests(&self) -> u64 {
-        self.requests.load(Relaxed)
+        self.cell.requests.load(Relaxed)
+    }
+
+    /// Requests are seen on it, or none came where they would have been: a server of HTTP had it.
+    pub(crate) fn requests_seen(&self) -> bool {
+        self.requests() > 0 || (self.facts().is_served() && self.failed.get().is_none())
     }
 
     pub(crate) fn in_flight(&self) -> u32 {
-        self.in_flight.load(Relaxed)
+        self.cell.in_flight.load(Relaxed)
     }
 
     /// Read, written.
     pub(crate) fn bytes(&self) -> (u64, u64) {
-        (
-            self.bytes_read.load(Relaxed),
-            self.bytes_written.load(Relaxed),
-        )
+        self.cell.bytes()
     }
 
     /// One writer at a time: no read-modify-write is needed. The same below. True for the first bytes.
     pub(crate) fn add_read(&self, bytes: u64) -> bool {
-        let before = self.bytes_read.load(Relaxed);
-        self.bytes_read.store(before + bytes, Relaxed);
+        let before = self.cell.bytes_read.load(Relaxed);
+        self.cell.bytes_read.store(before + bytes, Relaxed);
         before == 0
     }
 
     pub(crate) fn add_written(&self, bytes: u64) {
-        self.bytes_written
-            .store(self.bytes_written.load(Relaxed) + bytes, Relaxed);
+        self.cell
+            .bytes_written
+            .store(self.cell.bytes_written.load(Relaxed) + bytes, Relaxed);
     }
 
     /// The kernel's last word. What it counted stands for what nobody of us could count.
     pub(crate) fn set_last_tcp(&self, tcp: TcpInfo) {
-        self.bytes_read
+        self.cell
+            .bytes_read
             .store(tcp.bytes_received.unwrap_or_default(), Relaxed);
-        self.bytes_written
+        self.cell
+            .bytes_written
             .store(tcp.bytes_acked.unwrap_or_default(), Relaxed);
         let _ = self.last_tcp.set(Box::new(tcp));
     }
@@ -274,7 +275,7 @@ impl Connection {
     /// It ended then, and is told later. The caller saw to it that nothing happened to it since.
     pub(crate) fn set_gone(&self, at: Instant) {
         let at = at.saturating_duration_since(self.started);
-        self.gone.store(self.nanos(at), Relaxed);
+        self.cell.gone.store(self.nanos(at), Relaxed);
     }
 
     pub(crate) fn last_tcp(&self) -> Option<TcpInfo> {
@@ -288,7 +289,7 @@ impl Connection {
     }
 
     pub(crate) fn idle_for(&self, now: Duration) -> Option<Duration> {
-        match self.idle_since.load(Relaxed) {
+        match self.cell.idle_since.load(Relaxed) {
             0 => None,
             nanos => Some(now.saturating_sub(Duration::from_nanos(nanos - 1))),
         }
@@ -317,16 +318,16 @@ impl Connection {
                 id: self.id,
                 direction: self.scope.direction,
                 name: self.scope.name.clone(),
-                target: self.target.clone(),
+                target: self.target.as_deref().cloned(),
                 local: ends.and_then(|ends| ends.local.clone()),
                 peer: ends.and_then(|ends| ends.peer.clone()),
                 state,
                 protocol: self.protocol(),
-                tls: self.tls.get().cloned(),
+                tls: self.tls.get().map(|tls| (**tls).clone()),
                 started: self.started_wall,
                 setup: ends
                     .map(|ends| ends.usable_at)
-                    .or_else(|| failed.map(|(_, at)| *at)),
+                    .or_else(|| failed.map(|failed| failed.1)),
                 age: ends.map(|ends| end.saturating_sub(ends.usable_at)),
                 idle_for: if closed.is_some() {
                     None
@@ -334,7 +335,7 @@ impl Connection {
                     self.idle_for(now)
                 },
                 requests: self.requests(),
-                in_flight: self.in_flight.load(Relaxed),
+                in_flight: self.cell.in_flight.load(Relaxed),
                 bytes_read,
                 bytes_written,
                 trace: self.trace.get().copied(),
@@ -342,7 +343,7 @@ impl Connection {
                 timeline_dropped: timeline.dropped(),
                 closed: closed.map(|close| (close.reason, close.initiator)),
                 last_tcp: self.last_tcp(),
-                failed: failed.map(|(reason, _)| *reason),
+                failed: failed.map(|failed| failed.0),
             }
         }
     }
@@ -357,7 +358,7 @@ impl Connection {
             to: None,
             error: None,
         };
-        let mut phases = lock(&self.phases);
+        let mut phases = lock(&self.aside().phases);
         if phases.len() == PHASES {
             return Err(phase);
         }
@@ -373,7 +374,9 @@ impl Connection {
             }
         };
         match started {
-            Ok(index) => lock(&self.phases).get_mut(*index).map_or((), rename),
+            Ok(index) => lock(&self.aside().phases)
+                .get_mut(*index)
+                .map_or((), rename),
             Err(phase) => rename(phase),
         }
     }
@@ -396,7 +399,7 @@ impl Connection {
         };
         match started {
             Ok(index) => {
-                let mut phases = lock(&self.phases);
+                let mut phases = lock(&self.aside().phases);
                 let phase = phases.get_mut(index).filter(|phase| phase.to.is_none())?;
                 Some(end(phase))
             }
@@ -406,7 +409,9 @@ impl Connection {
 
     /// Takes the phases, for the sinks; they are not kept after set-up.
     pub(crate) fn take_phases(&self) -> Vec<Phase> {
-        std::mem::take(&mut *lock(&self.phases))
+        self.aside
+            .get()
+            .map_or_else(Vec::new, |aside| std::mem::take(&mut *lock(&aside.phases)))
     }
 
     pub(crate) fn expire(&self) {
@@ -435,7 +440,7 @@ impl Connection {
 
     pub(crate) fn moment(&self, moment: Moment) {
         if self.keeps_timeline() {
-            let mut timeline = lock(&self.timeline);
+            let mut timeline = lock(&self.aside().timeline);
             // Read under the lock, so that the moments are in order.
             timeline.push(self.elapsed(), moment);
         }
@@ -446,7 +451,7 @@ impl Connection {
         if self.keeps_timeline()
             && let Some(ends) = self.ends.get()
         {
-            let mut timeline = lock(&self.timeline);
+            let mut timeline = lock(&self.aside().timeline);
             if timeline.is_empty() {
                 timeline.push(ends.usable_at, Moment::State(state));
             }
@@ -454,7 +459,9 @@ impl Connection {
     }
 
     pub(crate) fn timeline(&self) -> Timeline {
-        lock(&self.timeline).clone()
+        self.aside
+            .get()
+            .map_or_else(Timeline::default, |aside| lock(&aside.timeline).clone())
     }
 
     /// True once: for the one who may write the life span.
@@ -468,7 +475,9 @@ impl Connection {
     pub(crate) fn opened(&self, to: ConnectionState, established: Option<Duration>) {
         self.scope.transition(|t| {
             if to == ConnectionState::Idle {
-                self.idle_since.store(self.nanos(self.elapsed()), Relaxed);
+                self.cell
+                    .idle_since
+                    .store(self.nanos(self.elapsed()), Relaxed);
             }
             let counts = t.counts();
             if established.is_some() {
@@ -544,13 +553,13 @@ impl Connection {
     /// The same, of a request that a server was handed. `last`: it says that no other follows.
     pub(crate) fn called(&self, http2: bool, last: bool) -> Acquired {
         self.change(|shard| {
-            let number = self.requests.load(Relaxed) + 1;
-            self.requests.store(number, Relaxed);
+            let number = self.cell.requests.load(Relaxed) + 1;
+            self.cell.requests.store(number, Relaxed);
             shard.requests += 1;
             let found = Acquired {
                 reused: number > 1,
                 was_idle: self.state() == ConnectionState::Idle,
-                idle_since: self.idle_since.load(Relaxed),
+                idle_since: self.cell.idle_since.load(Relaxed),
             };
             (found, self.step(Input::Call { http2, last }))
         })
@@ -581,13 +590,13 @@ impl Connection {
 
     /// This request is served now.
     pub(crate) fn serves(&self, trace: TraceRef) {
-        *lock(self.serving.get_or_init(Box::default)) = Some(trace);
+        *lock(&self.aside().serving) = Some(trace);
     }
 
     /// It is not any more; a later one stays.
     pub(crate) fn served(&self, trace: &TraceRef) {
-        if let Some(serving) = self.serving.get() {
-            let mut serving = lock(serving);
+        if let Some(aside) = self.aside.get() {
+            let mut serving = lock(&aside.serving);
             if serving.as_ref() == Some(trace) {
                 *serving = None;
             }
@@ -596,7 +605,7 @@ impl Connection {
 
     /// The trace of the latest request that is served, where it has one.
     pub(crate) fn serving(&self) -> Option<TraceRef> {
-        *lock(self.serving.get()?)
+        *lock(&self.aside.get()?.serving)
     }
 
     /// A server speaks HTTP on it, so its bytes and flushes are shown to us. Before it is used.
@@ -654,14 +663,14 @@ impl Connection {
             facts: self.facts(),
         };
         let changes = states.on(input);
-        self.in_flight.store(states.running, Relaxed);
+        self.cell.in_flight.store(states.running, Relaxed);
         self.facts.store(states.facts.0, Relaxed);
         if changes[0].is_some() {
             let idle_since = match states.state {
                 ConnectionState::Idle => self.nanos(self.elapsed()),
                 _ => 0,
             };
-            self.idle_since.store(idle_since, Relaxed);
+            self.cell.idle_since.store(idle_since, Relaxed);
         }
         changes
     }
@@ -758,7 +767,7 @@ impl Connection {
             .unwrap_or((CloseReason::Dropped, Initiator::Local));
         self.scope.transition(|t| {
             // Read under the lock, so that no event of this connection has a later time.
-            let at = match self.gone.load(Relaxed) {
+            let at = match self.cell.gone.load(Relaxed) {
                 0 => self.elapsed(),
                 gone => Duration::from_nanos(gone - 1),
             };
@@ -777,7 +786,7 @@ impl Connection {
                     None
                 },
             };
-            let _ = self.closed.set(close);
+            let _ = self.closed.set(Box::new(close));
             drop(shard);
             let counts = t.counts();
             counts.open -= 1;
@@ -804,8 +813,10 @@ impl Connection {
 
     /// Forgets how its pool is told, which may hold this record. After the close.
     fn forget_pill(&self) {
-        let forgotten = lock(&self.pill).poison.take();
-        drop(forgotten);
+        if let Some(aside) = self.aside.get() {
+            let forgotten = lock(&aside.pill).poison.take();
+            drop(forgotten);
+        }
     }
 
     /// From when it was usable.

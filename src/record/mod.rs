@@ -17,7 +17,8 @@
 //!
 //! Lock order: a scope's state, then one of its shards, then a connection's own small locks
 //! (timeline, phases, socket), which are innermost: no thread holds two of them. No lock is held
-//! while another scope's is taken. The socket's is held over a system call, the others over none.
+//! while another scope's is taken. The socket's, and that of a listener's socket, is held over a
+//! system call, the others over none.
 
 // Sources and sinks are features, sockets are asked on Unix only; without some of them, parts of the
 // record have no caller.
@@ -32,6 +33,8 @@
     allow(dead_code)
 )]
 
+pub(crate) mod accept_queue;
+pub(crate) mod cells;
 pub(crate) mod close_watch;
 pub(crate) mod connection;
 pub(crate) mod handle;

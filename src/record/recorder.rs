@@ -215,7 +215,8 @@ impl Recorder {
                     // The attempt was made with a target, just above.
                     target: connection
                         .target
-                        .clone()
+                        .as_deref()
+                        .cloned()
                         .unwrap_or_else(|| Target::new("", 0)),
                 },
             );
@@ -248,15 +249,16 @@ impl Recorder {
         scope: &Arc<Scope>,
         local: Option<Endpoint>,
         peer: Option<Endpoint>,
-    ) -> (ConnectionGuard, Handshake) {
+    ) -> (ConnectionGuard, HandshakeHandle) {
+        scope.see_tls();
         let (connection, state) = self.accept(scope, local, peer, Some(Spoken::Http));
         connection.opened(state, None);
-        let handshake = Handshake {
+        let handshake = HandshakeHandle(Arc::new(Mutex::new(Some(Handshake {
             recorder: self.clone(),
             connection: connection.clone(),
             phase: None,
             ended: false,
-        };
+        }))));
         (ConnectionGuard::new(self.clone(), connection), handshake)
     }
 
@@ -270,6 +272,7 @@ impl Recorder {
         let connection = Connection::new(self.next_id(), scope.clone(), None, 0);
         let state = match http {
             Some(spoken) => {
+                scope.see_states();
                 connection.serves_http(spoken == Spoken::MaybeTls);
                 ConnectionState::New
             }
@@ -302,6 +305,17 @@ impl Recorder {
                 reason,
                 peer,
             });
+        });
+    }
+
+    /// A listener has as many connections as it may have, and somebody wants one more.
+    pub(crate) fn max_connections_hit(&self, scope: &Scope, limit: u64) {
+        scope.transition(|t| {
+            let counts = t.counts();
+            counts.limit_hits += 1;
+            let open = counts.open;
+            let kind = || ConnectionEventKind::MaxConnectionsHit { limit, open };
+            t.emit(None, SystemTime::now, kind);
         });
     }
 
@@ -462,6 +476,37 @@ impl Recorder {
             .collect()
     }
 
+    /// Of these the first by id, after this one; and the last that was looked at, if there were any. One
+    /// that is closed meanwhile is missing.
+    pub(crate) fn live_after(
+        &self,
+        after: Option<ConnectionId>,
+        limit: usize,
+    ) -> (Vec<Arc<Connection>>, Option<ConnectionId>) {
+        let instance = self.0.instance;
+        let after = after.map_or(0, |id| id.number);
+        let scopes = self.scopes();
+        let mut ids = Vec::new();
+        for (n, scope) in scopes.iter().enumerate() {
+            scope.each_live(|id| {
+                if id > after {
+                    ids.push((id, n));
+                }
+            });
+        }
+        if limit < ids.len() {
+            ids.select_nth_unstable(limit);
+            ids.truncate(limit);
+        }
+        ids.sort_unstable();
+        let id = |(number, _): &(u64, usize)| ConnectionId {
+            instance,
+            number: *number,
+        };
+        let found = ids.iter().filter_map(|at| scopes[at.1].find(id(at)));
+        (found.collect(), ids.last().map(id))
+    }
+
     pub(crate) fn history(&self) -> Vec<ConnectionSnapshot> {
         let closed: Vec<_> = lock(&self.0.history).iter().cloned().collect();
         closed
@@ -559,7 +604,7 @@ impl Attempt {
         }
         let connection = &self.connection;
         let elapsed = connection.elapsed();
-        let _ = connection.failed.set((reason, elapsed));
+        let _ = connection.failed.set(Box::new((reason, elapsed)));
         let phases = connection.take_phases();
         self.recorder
             .to_sinks(|sink| sink.setup_finished(connection, &phases, Err(reason)));
@@ -575,7 +620,45 @@ impl Drop for Attempt {
     }
 }
 
-/// The TLS handshake of an accepted connection. Dropped without a word, it was cancelled.
+/// The TLS handshake of an accepted connection, for who makes it; the tracked stream has it, too, and
+/// ends it as cancelled before the connection is closed, if nobody else did: a set-up span comes before
+/// the life of its connection.
+#[derive(Clone)]
+pub(crate) struct HandshakeHandle(Arc<Mutex<Option<Handshake>>>);
+
+impl HandshakeHandle {
+    /// It had its turn and begins.
+    pub(crate) fn begins(&self) {
+        // Out of the lock meanwhile: it tells observers.
+        if let Some(mut handshake) = self.take() {
+            handshake.begins();
+            *lock(&self.0) = Some(handshake);
+        }
+    }
+
+    pub(crate) fn done(&self, facts: TlsFacts) {
+        if let Some(handshake) = self.take() {
+            handshake.done(facts);
+        }
+    }
+
+    /// While the stream still lives, or it was cancelled.
+    pub(crate) fn failed(&self, reason: FailureReason, name: Option<&Arc<str>>) {
+        if let Some(handshake) = self.take() {
+            handshake.failed(reason, name);
+        }
+    }
+
+    pub(crate) fn cancelled(&self) {
+        drop(self.take());
+    }
+
+    fn take(&self) -> Option<Handshake> {
+        lock(&self.0).take()
+    }
+}
+
+/// A TLS handshake of an accepted connection. Dropped without a word, it was cancelled.
 pub(crate) struct Handshake {
     recorder: Recorder,
     connection: Arc<Connection>,
@@ -584,8 +667,7 @@ pub(crate) struct Handshake {
 }
 
 impl Handshake {
-    /// It had its turn and begins.
-    pub(crate) fn begins(&mut self) {
+    fn begins(&mut self) {
         // Which name the client asks for is in its first message.
         let kind = PhaseKind::Tls {
             server_name: "".into(),
@@ -596,23 +678,14 @@ impl Handshake {
         self.connection.scope.handshakes(1);
     }
 
-    pub(crate) fn done(mut self, facts: TlsFacts) {
+    fn done(mut self, facts: TlsFacts) {
         let name = facts.server_name.clone();
-        let _ = self.connection.tls.set(facts);
+        let _ = self.connection.tls.set(Box::new(facts));
         self.end(name.as_ref(), Ok(()));
     }
 
-    pub(crate) fn failed(&mut self, reason: FailureReason, name: Option<&Arc<str>>) {
+    fn failed(mut self, reason: FailureReason, name: Option<&Arc<str>>) {
         self.end(name, Err(reason));
-    }
-
-    /// It is known why the handshake fails, and that the connection is closed for it.
-    fn refused(connection: &Connection, reason: FailureReason) {
-        let initiator = match reason {
-            FailureReason::ConnectionReset => Initiator::Remote,
-            _ => Initiator::Local,
-        };
-        connection.hint(CloseReason::TlsHandshakeFailed, initiator);
     }
 
     fn end(&mut self, name: Option<&Arc<str>>, outcome: Result<(), FailureReason>) {
@@ -631,8 +704,14 @@ impl Handshake {
             }
         }
         if let Err(reason) = outcome {
-            Self::refused(connection, reason);
-            let _ = connection.failed.set((reason, connection.elapsed()));
+            let initiator = match reason {
+                FailureReason::ConnectionReset => Initiator::Remote,
+                _ => Initiator::Local,
+            };
+            connection.hint(CloseReason::TlsHandshakeFailed, initiator);
+            let _ = connection
+                .failed
+                .set(Box::new((reason, connection.elapsed())));
         }
         let phases = connection.take_phases();
         self.recorder
@@ -746,7 +825,7 @@ impl PhaseGuard {
             },
             PhaseKind::Tls { server_name } => ConnectionEventKind::TlsHandshakeDone {
                 server_name,
-                tls: connection.tls.get().cloned(),
+                tls: connection.tls.get().map(|tls| (**tls).clone()),
                 elapsed,
                 error,
             },

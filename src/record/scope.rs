@@ -26,6 +26,8 @@ use crate::event::{
     ConnectionState, Direction, FailureReason, IoLayer, ProtocolVersion, RejectReason, Target,
 };
 use crate::observer::{Composed, Observer};
+use crate::record::accept_queue::Queues;
+use crate::record::cells::Cells;
 use crate::record::outbox::Outbox;
 use crate::record::stats::{Drops, HostStats, ScopeStats};
 use crate::record::{Connection, lock};
@@ -40,6 +42,8 @@ const NO_SPANS: u8 = 2;
 const NO_METRICS: u8 = 4;
 const REQUESTS_SEEN: u8 = 8;
 const TRACKED: u8 = 16;
+const STATES_SEEN: u8 = 32;
+const TLS_SEEN: u8 = 64;
 
 /// Where a host's counts stand in its scope. Slot 0 is "no host", for a listener; then come the
 /// learned ones, then `_other`.
@@ -62,6 +66,8 @@ pub(crate) struct Scope {
     orphans: AtomicU64,
     /// TLS handshakes of accepted connections under way.
     handshakes: AtomicI64,
+    /// The listening sockets.
+    queues: Queues,
     /// Told when a connection of it is closed, or such a request is over.
     rest: Notify,
     observers: Composed,
@@ -79,6 +85,7 @@ pub(crate) struct Counts {
     pub(crate) accepted: u64,
     pub(crate) accept_errors: [u64; AcceptErrorReason::COUNT],
     pub(crate) rejected: [u64; RejectReason::COUNT],
+    pub(crate) limit_hits: u64,
     pub(crate) closed: [u64; CloseReason::COUNT],
     pub(crate) connecting: u64,
     pub(crate) open: u64,
@@ -125,6 +132,8 @@ struct Padded(Mutex<Shard>);
 #[derive(Default)]
 pub(crate) struct Shard {
     live: HashMap<u64, Arc<Connection>>,
+    /// What its connections count of themselves.
+    pub(crate) cells: Cells,
     /// Requests that began on this shard's connections.
     pub(crate) requests: u64,
     /// By host slot.
@@ -213,6 +222,7 @@ impl Scope {
             shards: (0..SHARDS).map(|_| Padded::default()).collect(),
             orphans: AtomicU64::new(0),
             handshakes: AtomicI64::new(0),
+            queues: Queues::default(),
             rest: Notify::new(),
             observers,
             trackers: RwLock::default(),
@@ -256,6 +266,31 @@ impl Scope {
     #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
     pub(crate) fn requests_seen(&self) -> bool {
         self.switches.load(Ordering::Relaxed) & REQUESTS_SEEN != 0
+    }
+
+    /// A server speaks HTTP on its connections, so that all their states are seen.
+    pub(crate) fn see_states(&self) {
+        self.switch_on(STATES_SEEN);
+    }
+
+    pub(crate) fn states_seen(&self) -> bool {
+        self.switches.load(Ordering::Relaxed) & STATES_SEEN != 0
+    }
+
+    /// We make the TLS handshakes of its accepted connections.
+    pub(crate) fn see_tls(&self) {
+        self.switch_on(TLS_SEEN);
+    }
+
+    pub(crate) fn tls_seen(&self) -> bool {
+        self.switches.load(Ordering::Relaxed) & TLS_SEEN != 0
+    }
+
+    /// Once on it stays on: each connection asks for it, and all but the first only read.
+    fn switch_on(&self, bit: u8) {
+        if self.switches.load(Ordering::Relaxed) & bit == 0 {
+            self.switch(bit, true);
+        }
     }
 
     fn switch(&self, bit: u8, on: bool) {
@@ -366,6 +401,11 @@ impl Scope {
         self.handshakes.fetch_add(change, Ordering::Relaxed);
     }
 
+    /// The listening sockets.
+    pub(crate) const fn queues(&self) -> &Queues {
+        &self.queues
+    }
+
     // === rest: what a drain waits for ===
 
     /// A connection was closed with this many requests under way. Under its shard's lock.
@@ -409,6 +449,7 @@ impl Scope {
             let host = shard.host(connection.host_slot);
             host.closed_bytes[0] += read;
             host.closed_bytes[1] += written;
+            connection.cell.stop_counting();
         }
         drop(shard);
         // The last reference may be `removed`: it is freed here, after unlock.
@@ -423,6 +464,13 @@ impl Scope {
     /// The connection with this id, if it is not closed.
     pub(crate) fn find(&self, id: ConnectionId) -> Option<Arc<Connection>> {
         self.shard(id).live.get(&id.number).cloned()
+    }
+
+    /// The number of every connection of this scope that is not closed, in no order.
+    pub(crate) fn each_live(&self, mut each: impl FnMut(u64)) {
+        for shard in &self.shards {
+            lock(&shard.0).live.keys().for_each(|id| each(*id));
+        }
     }
 
     /// Every connection of this scope that is not closed, by id.
@@ -476,15 +524,16 @@ impl Scope {
         let handshakes = self.handshakes.load(Ordering::Relaxed);
         stats.tls_handshakes = u64::try_from(handshakes).unwrap_or(0);
         stats.set_states(&states);
+        // System calls, so under no lock of ours but their own.
+        stats.accept_queue = self.queues.queue();
         for shard in &self.shards {
-            let shard = lock(&shard.0);
+            let mut shard = lock(&shard.0);
             for (slot, host) in shard.hosts.iter().enumerate() {
                 stats.add_bytes(slot, host.closed_bytes[0], host.closed_bytes[1]);
             }
-            for connection in shard.live.values() {
-                let (read, written) = connection.bytes();
-                stats.add_bytes(connection.host_slot as usize, read, written);
-            }
+            shard.cells.look(|slot, read, written| {
+                stats.add_bytes(slot as usize, read, written);
+            });
         }
         stats
     }

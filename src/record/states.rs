@@ -64,6 +64,11 @@ impl Facts {
         Self(Self::FED | if maybe_tls { Self::MAYBE_TLS } else { 0 })
     }
 
+    /// A server speaks HTTP on it.
+    pub(crate) const fn is_served(self) -> bool {
+        self.has(Self::FED)
+    }
+
     const fn has(self, fact: u16) -> bool {
         self.0 & fact != 0
     }

@@ -10,6 +10,7 @@ use crate::event::{
     TraceRef,
 };
 use crate::record::Scope;
+use crate::record::accept_queue::AcceptQueue;
 use crate::record::close_watch::CloseWatchStats;
 use crate::record::pool::PoolStats;
 use crate::record::scope::{Counts, States};
@@ -194,6 +195,9 @@ pub struct ScopeStats {
     pub accept_errors: Vec<(AcceptErrorReason, u64)>,
     /// Inbound connections turned away, by reason; zeros included.
     pub rejected: Vec<(RejectReason, u64)>,
+    /// How often a listener's `max_connections` was reached: once for each time that it had to wait
+    /// for a place, and once for each connection that it turned away.
+    pub limit_hits: u64,
     /// Connections closed, by reason; zeros included.
     pub closed: Vec<(CloseReason, u64)>,
     /// Requests seen on this scope's connections.
@@ -202,6 +206,9 @@ pub struct ScopeStats {
     pub connecting: u64,
     /// Connections open.
     pub open: u64,
+    /// A server of HTTP is on its connections, so each of them is new, active, idle or hijacked.
+    /// Else only those are active or idle of which somebody showed us a request.
+    pub states_seen: bool,
     /// Of these, running at least one request that we see.
     pub active: u64,
     /// Of these, with visible requests and none running.
@@ -212,8 +219,14 @@ pub struct ScopeStats {
     pub oldest_new: Option<Duration>,
     /// Of these, upgraded or made a tunnel.
     pub hijacked: u64,
+    /// TLS handshakes on accepted connections are made, and seen, by us.
+    pub tls_seen: bool,
     /// TLS handshakes under way on accepted connections.
     pub tls_handshakes: u64,
+    /// The kernel's accept queue, over all listeners of the name; none where it can't be asked: for
+    /// what is not TCP or was not shown ([`Accept::socket`](crate::Accept::socket)), once the listeners
+    /// are dropped, and on systems other than Linux. Not part of what the sequence number vouches for.
+    pub accept_queue: Option<AcceptQueue>,
     /// Bytes read by all connections so far. Not part of what the sequence number vouches for.
     pub bytes_read: u64,
     /// Bytes written by all connections so far, likewise.
@@ -270,16 +283,20 @@ impl ScopeStats {
             accepted: counts.accepted,
             accept_errors: by(AcceptErrorReason::ALL, &counts.accept_errors),
             rejected: by(RejectReason::ALL, &counts.rejected),
+            limit_hits: counts.limit_hits,
             closed: by(CloseReason::ALL, &counts.closed),
             requests: 0,
             connecting: counts.connecting,
             open: counts.open,
+            states_seen: scope.states_seen(),
             active: 0,
             idle: 0,
             new: 0,
             oldest_new: None,
             hijacked: 0,
+            tls_seen: scope.tls_seen(),
             tls_handshakes: 0,
+            accept_queue: None,
             bytes_read: 0,
             bytes_written: 0,
             hosts: hosts.collect(),
@@ -414,4 +431,16 @@ pub struct ConnectionSnapshot {
     pub last_tcp: Option<TcpInfo>,
     /// Why its set-up failed, if it did.
     pub failed: Option<FailureReason>,
+}
+
+impl ConnectionSnapshot {
+    /// Whether it belongs in a list of what is open or being set up. One that was closed since the list
+    /// was made is in the history, and one that is being accepted in this moment is not counted yet.
+    pub(crate) fn is_there(&self) -> bool {
+        match self.state {
+            ConnectionState::Closed => false,
+            ConnectionState::Connecting => self.direction == Direction::Outbound,
+            _ => true,
+        }
+    }
 }

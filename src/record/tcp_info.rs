@@ -8,6 +8,7 @@ use std::num::NonZeroU64;
 use std::time::Duration;
 
 use crate::event::{TcpInfo, TcpState};
+use crate::record::accept_queue::AcceptQueue;
 
 #[cfg(unix)]
 pub(crate) use std::os::fd::RawFd;
@@ -19,6 +20,7 @@ pub(crate) type RawFd = i32;
 mod at {
     pub(super) const STATE: usize = 0;
     pub(super) const UNACKED: usize = 24;
+    pub(super) const SACKED: usize = 28;
     pub(super) const LOST: usize = 32;
     pub(super) const RTT: usize = 68;
     pub(super) const RTTVAR: usize = 72;
@@ -57,6 +59,25 @@ impl TcpInfo {
 pub(crate) fn read(fd: RawFd) -> Option<TcpInfo> {
     let mut bytes = [0; at::END];
     TcpInfo::parse(sys::tcp_info(fd, &mut bytes)?)
+}
+
+/// Asks the kernel how full a listening socket's queue is. None for every other descriptor.
+pub(crate) fn accept_queue(fd: RawFd) -> Option<AcceptQueue> {
+    // As far as this is needed.
+    let mut bytes = [0; at::LOST];
+    parse_queue(sys::tcp_info(fd, &mut bytes)?)
+}
+
+/// Of a socket that listens the kernel gives the queue's length and limit in two fields that have
+/// nothing to tell there.
+fn parse_queue(bytes: &[u8]) -> Option<AcceptQueue> {
+    let four = |at| Some(u32::from_ne_bytes(*bytes.get(at..)?.first_chunk()?));
+    let state = TcpState::from_kernel(*bytes.get(at::STATE)?)?;
+    Some(AcceptQueue {
+        length: four(at::UNACKED)?.into(),
+        limit: four(at::SACKED)?.into(),
+    })
+    .filter(|_| state == TcpState::Listen)
 }
 
 /// What tells a socket from every other of its network namespace, those later under the same
@@ -196,6 +217,22 @@ mod tests {
     }
 
     #[test]
+    fn only_what_listens_has_an_accept_queue() {
+        let mut bytes = answer();
+        bytes[at::SACKED..at::SACKED + 4].copy_from_slice(&128_u32.to_ne_bytes());
+        for state in 0..=u8::MAX {
+            bytes[at::STATE] = state;
+            let queue = parse_queue(&bytes).map(|queue| (queue.length, queue.limit));
+            assert_eq!(queue, (state == 10).then_some((1, 128)), "{state}");
+        }
+        bytes[at::STATE] = 10;
+        assert!(parse_queue(&bytes[..at::LOST]).is_some());
+        for length in 0..at::LOST {
+            assert_eq!(parse_queue(&bytes[..length]), None, "{length}");
+        }
+    }
+
+    #[test]
     fn a_state_that_tcp_does_not_have_is_none() {
         let mut bytes = answer();
         let known = (0..=u8::MAX).filter(|state| {
@@ -210,6 +247,7 @@ mod tests {
     fn the_places_are_those_of_the_systems_own_header() {
         use std::mem::offset_of;
         assert_eq!(at::UNACKED, offset_of!(libc::tcp_info, tcpi_unacked));
+        assert_eq!(at::SACKED, offset_of!(libc::tcp_info, tcpi_sacked));
         assert_eq!(at::LOST, offset_of!(libc::tcp_info, tcpi_lost));
         assert_eq!(at::RTT, offset_of!(libc::tcp_info, tcpi_rtt));
         assert_eq!(at::RTTVAR, offset_of!(libc::tcp_info, tcpi_rttvar));
@@ -227,6 +265,7 @@ mod tests {
         let file = std::fs::File::open("/dev/null").unwrap();
         for fd in [udp.as_raw_fd(), unix.as_raw_fd(), file.as_raw_fd(), -1] {
             assert_eq!(read(fd), None);
+            assert_eq!(accept_queue(fd), None);
         }
         assert_eq!(cookie(file.as_raw_fd()), None);
         assert_ne!(cookie(udp.as_raw_fd()), cookie(unix.as_raw_fd()));

@@ -328,7 +328,7 @@ impl Tracking {
         let is_h2 = connected.is_negotiated_h2();
         #[cfg(feature = "reqwest-rustls")]
         if let Some(info) = extras.get::<reqwest::tls::TlsInfo>() {
-            let _ = record.tls.set(tls_facts(info, is_h2));
+            let _ = record.tls.set(Box::new(tls_facts(info, is_h2)));
         }
         let attempt = self.set_up.ended(None);
         // By the client's own name, also under another one (`DialName`).

@@ -46,7 +46,7 @@ fn run(recorder: &Recorder, writer: &SpanWriter, interval: Duration, stopped: &R
                 continue;
             };
             let last =
-                Duration::from_nanos(connection.checkpoint.load(Relaxed)).max(ends.usable_at);
+                Duration::from_nanos(connection.cell.checkpoint.load(Relaxed)).max(ends.usable_at);
             if connection.elapsed().saturating_sub(last) < interval {
                 continue;
             }
@@ -56,7 +56,10 @@ fn run(recorder: &Recorder, writer: &SpanWriter, interval: Duration, stopped: &R
             };
             recorder.shielded(|| writer.checkpoint(&connection, last, now));
             // Only this thread writes it.
-            connection.checkpoint.store(now.as_nanos() as u64, Relaxed);
+            connection
+                .cell
+                .checkpoint
+                .store(now.as_nanos() as u64, Relaxed);
             written += 1;
             if written == BATCH {
                 break;

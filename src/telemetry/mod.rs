@@ -39,6 +39,9 @@ pub(crate) mod settings;
 #[cfg(feature = "otlp")]
 pub(crate) mod span_processor;
 
+#[cfg(all(test, feature = "otlp"))]
+mod inbound_tests;
+
 use opentelemetry::{InstrumentationScope, KeyValue};
 
 /// The scope of everything one `Conntrack` emits. The instance keeps two of them in one process

@@ -56,7 +56,7 @@ attributes! {
     SERVER_ADDRESS = "server.address": "the host asked for; `_other` for hosts beyond the bound";
     SERVER_PORT = "server.port": "the port asked for";
     URL_SCHEME = "url.scheme": "`http` or `https`, where an HTTP client asked";
-    HTTP_CONNECTION_STATE = "http.connection.state": "`active` or `idle`";
+    HTTP_CONNECTION_STATE = "http.connection.state": "`active` or `idle`; of a listener's connections also `new` and `hijacked`";
     PROTOCOL_VERSION = "network.protocol.version": "`1.0`, `1.1` or `2`, once it is known";
     NETWORK_TRANSPORT = "network.transport": "`tcp` or `unix`";
     NETWORK_TYPE = "network.type": "`ipv4` or `ipv6`";
@@ -110,7 +110,7 @@ pub const SPANS: &[SpanName] = &[
     },
     SpanName {
         name: "connection_setup {conntrack.name}",
-        meaning: "inbound set-up: the accept; root of the connection's trace",
+        meaning: "inbound set-up: the accept, and the TLS handshake where this crate makes it; root of the connection's trace",
         attributes: &[
             CONNECTION_ID,
             NAME,
@@ -121,6 +121,11 @@ pub const SPANS: &[SpanName] = &[
             PEER_PORT,
             LOCAL_ADDRESS,
             LOCAL_PORT,
+            TLS_VERSION,
+            TLS_CIPHER,
+            TLS_NEXT_PROTOCOL,
+            TLS_RESUMED,
+            ERROR_TYPE,
         ],
     },
     SpanName {
@@ -141,7 +146,7 @@ pub const SPANS: &[SpanName] = &[
     },
     SpanName {
         name: "tls handshake {server.address}",
-        meaning: "child of the set-up",
+        meaning: "child of the set-up; `tls handshake` where a client named no server",
         attributes: &[
             SERVER_ADDRESS,
             TLS_VERSION,
@@ -232,7 +237,7 @@ pub const EVENTS: &[SpanName] = &[
         attributes: &[CONNECTION_ID, CONNECTION_REUSED, CONNECTION_IDLE_TIME],
     },
     SpanName {
-        name: "open, active, idle, end_of_stream, local_shutdown, io_error",
+        name: "open, new, active, idle, hijacked, end_of_stream, local_shutdown, io_error",
         meaning: "on the `connection` span: its timeline, the first 24 and the last 24 moments",
         attributes: &[],
     },
@@ -414,6 +419,27 @@ metrics! {
     LISTENER_REJECTED = "conntrack.listener.rejected", Counter, "{connection}",
         "Inbound connections that were turned away.",
         &[NAME, REASON];
+    LISTENER_LIMIT_HITS = "conntrack.listener.limit_hits", Counter, "{hit}",
+        "How often `max_connections` was reached: once for each wait for a place, once for each connection that was turned away.",
+        &[NAME];
+    LISTENER_CONNECTIONS = "conntrack.listener.connections", UpDownCounter, "{connection}",
+        "Inbound connections that are open and whose requests are seen, by what they do; `new` and `hijacked` where a server of HTTP is on them. All that are open are in `conntrack.connections`.",
+        &[NAME, HTTP_CONNECTION_STATE];
+    LISTENER_NEW_OLDEST = "conntrack.listener.new.oldest", Seconds, "s",
+        "The age of the oldest inbound connection from which no request came yet; where a server of HTTP is on them.",
+        &[NAME];
+    LISTENER_HANDSHAKES = "conntrack.listener.tls.handshakes", UpDownCounter, "{handshake}",
+        "TLS handshakes of inbound connections that are under way; where this crate makes them.",
+        &[NAME];
+    LISTENER_QUEUE_LENGTH = "conntrack.listener.accept_queue.length", Gauge, "{connection}",
+        "Connections that wait in the kernel to be accepted; TCP on Linux.",
+        &[NAME];
+    LISTENER_QUEUE_LIMIT = "conntrack.listener.accept_queue.limit", Gauge, "{connection}",
+        "How many connections may wait in the kernel to be accepted; TCP on Linux.",
+        &[NAME];
+    LISTENER_FIRST_BYTE = "conntrack.listener.first_byte.duration", Histogram(SHORT), "s",
+        "From the accept of a connection to the first bytes read from it, of whatever is spoken on it.",
+        &[NAME];
     DROPPED = "conntrack.dropped", Counter, "{item}",
         "What this crate had to drop, so that it stays within its bounds.",
         &[DROPPED_ITEM];

@@ -90,14 +90,19 @@ impl SpanWriter {
                 ],
             ),
             PhaseKind::Tls { server_name } => {
-                let mut attributes = vec![KeyValue::new(
-                    names::SERVER_ADDRESS,
-                    server_name.to_string(),
-                )];
+                let mut name = String::from("tls handshake");
+                let mut attributes = Vec::new();
+                // A client need not say whom it asks for, and may end before it does.
+                if !server_name.is_empty() {
+                    name.push(' ');
+                    name.push_str(server_name);
+                    let server = KeyValue::new(names::SERVER_ADDRESS, server_name.to_string());
+                    attributes.push(server);
+                }
                 if phase.error.is_none() {
                     attributes.extend(tls(connection));
                 }
-                (format!("tls handshake {server_name}"), attributes)
+                (name, attributes)
             }
         };
         if let Some(reason) = phase.error {
@@ -289,9 +294,20 @@ impl Sink for SpanWriter {
             return;
         }
         let mut attributes = identity(connection);
-        let end = match (outcome, connection.ends.get(), connection.failed.get()) {
-            (Ok(()), Some(ends), _) => ends.usable_at,
-            (_, _, Some((_, at))) => *at,
+        // An accepted connection is open before its handshake, which is part of set-up all the same.
+        let handshake = match connection.scope.direction {
+            Direction::Inbound => phases.iter().filter_map(|phase| phase.to).max(),
+            Direction::Outbound => None,
+        };
+        let end = match (
+            handshake,
+            outcome,
+            connection.ends.get(),
+            connection.failed.get(),
+        ) {
+            (Some(end), ..) => end,
+            (_, Ok(()), Some(ends), _) => ends.usable_at,
+            (.., Some(failed)) => failed.1,
             _ => connection.elapsed(),
         };
         let error = outcome.err();
@@ -372,7 +388,7 @@ fn identity(connection: &Connection) -> Vec<KeyValue> {
         KeyValue::new(names::NAME, string(&connection.scope.name)),
         KeyValue::new(names::DIRECTION, connection.scope.direction.as_str()),
     ]);
-    attributes.extend(connection.target.iter().flat_map(server));
+    attributes.extend(connection.target.iter().flat_map(|target| server(target)));
     attributes
 }
 
@@ -451,7 +467,7 @@ fn totals(connection: &Connection, attributes: &mut Vec<KeyValue>) {
         attributes.push(KeyValue::new(names::PROTOCOL_VERSION, version.as_str()));
     }
     let requests = connection.requests();
-    if requests > 0 || connection.scope.direction == Direction::Outbound {
+    if connection.requests_seen() || connection.scope.direction == Direction::Outbound {
         attributes.extend([
             KeyValue::new(names::CONNECTION_REQUESTS, requests as i64),
             KeyValue::new(

@@ -21,6 +21,7 @@ pub(crate) struct Scope {
     closed: By,
     accept_errors: By,
     rejected: By,
+    limit_hits: u64,
 }
 
 #[derive(Debug)]
@@ -45,6 +46,10 @@ impl Scope {
             Kind::AcceptError { reason } => {
                 assert_eq!(event.connection, None);
                 *self.accept_errors.entry(reason.as_str()).or_default() += 1;
+            }
+            Kind::MaxConnectionsHit { .. } => {
+                assert_eq!(event.connection, None);
+                self.limit_hits += 1;
             }
             Kind::Rejected { reason, .. } => {
                 assert_eq!(event.connection, None);
@@ -154,6 +159,7 @@ impl Scope {
         assert_eq!(by!(stats.closed), self.closed, "{stats:#?}");
         assert_eq!(by!(stats.accept_errors), self.accept_errors, "{stats:#?}");
         assert_eq!(by!(stats.rejected), self.rejected, "{stats:#?}");
+        assert_eq!(stats.limit_hits, self.limit_hits, "{stats:#?}");
 
         let (active, idle) = (ConnectionState::Active, ConnectionState::Idle);
         let (active, idle) = (self.in_state(active), self.in_state(idle));

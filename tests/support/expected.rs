@@ -51,6 +51,26 @@ pub fn observables(stats: &Stats, off: &[&str]) -> Points {
                     let reason = (names::REASON, reason.as_str());
                     add(&names::LISTENER_REJECTED, &[name, reason], *n);
                 }
+                add(&names::LISTENER_LIMIT_HITS, &[name], scope.limit_hits);
+                let served = scope.states_seen;
+                for (state, n, seen) in [
+                    ("new", scope.new, served),
+                    ("active", scope.active, served || scope.requests > 0),
+                    ("idle", scope.idle, served || scope.requests > 0),
+                    ("hijacked", scope.hijacked, served),
+                ] {
+                    if seen {
+                        let state = (names::HTTP_CONNECTION_STATE, state);
+                        add(&names::LISTENER_CONNECTIONS, &[name, state], n);
+                    }
+                }
+                if scope.tls_seen {
+                    add(&names::LISTENER_HANDSHAKES, &[name], scope.tls_handshakes);
+                }
+                if let Some(queue) = scope.accept_queue {
+                    add(&names::LISTENER_QUEUE_LENGTH, &[name], queue.length);
+                    add(&names::LISTENER_QUEUE_LIMIT, &[name], queue.limit);
+                }
             }
         }
         for host in &scope.hosts {

@@ -538,11 +538,8 @@ async fn the_reason_is_told_while_the_stream_is_there() {
         let gone = Arc::new(AtomicBool::new(false));
         let near = Ends(near, gone.clone());
         let (mut heard, seen) = (None, gone.clone());
-        let failed = |reason| heard = Some((reason, seen.load(Relaxed)));
-        let error = tls
-            .handshake_told(near, (Some(|| ()), Some(failed)))
-            .await
-            .unwrap_err();
+        let failed = |reason, _: Option<&Arc<str>>| heard = Some((reason, seen.load(Relaxed)));
+        let error = tls.handshake_told(near, || (), failed).await.unwrap_err();
         assert!(gone.load(Relaxed));
         assert_eq!(heard, Some((error.reason, false)));
         error.reason
@@ -678,7 +675,7 @@ fn a_handshake_can_be_spawned() {
     let site = Site::new();
     let tls = site.tls();
     spawns(tls.handshake(duplex(64).0, || ()));
-    spawns(tls.handshake_told(duplex(64).0, (Some(|| ()), Some(|_| ()))));
+    spawns(tls.handshake_told(duplex(64).0, || (), |_, _| ()));
 }
 
 #[tokio::test]

@@ -1,4 +1,5 @@
-//! The histograms of every meter, recorded when a set-up ends and when a connection is closed.
+//! The histograms of every meter, recorded when a set-up ends, when an accepted connection says its
+//! first word, and when a connection is closed.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -29,6 +30,7 @@ pub(crate) struct Histograms {
     dns: Bounded,
     tcp: Bounded,
     tls: Bounded,
+    first_byte: Bounded,
     idle_time: Bounded,
     requests: Bounded,
     time_in_queue: Bounded,
@@ -141,6 +143,7 @@ impl Histograms {
             dns: new(&names::DNS_DURATION),
             tcp: new(&names::TCP_DURATION),
             tls: new(&names::TLS_DURATION),
+            first_byte: new(&names::LISTENER_FIRST_BYTE),
             idle_time: new(&names::IDLE_TIME),
             requests: new(&names::CONNECTION_REQUEST_COUNT),
             time_in_queue: new(&names::TIME_IN_QUEUE),
@@ -197,20 +200,23 @@ impl Sink for Histograms {
         outcome: Result<(), FailureReason>,
     ) {
         let scope = &connection.scope;
-        if !scope.metrics() || scope.direction == Direction::Inbound {
+        if !scope.metrics() {
             return;
         }
         let labels = || Labels::name(&scope.name).host(host(connection, false));
-        let took = match (connection.ends.get(), connection.failed.get()) {
-            (Some(ends), _) => ends.usable_at,
-            (None, Some((_, at))) => *at,
-            (None, None) => connection.elapsed(),
-        };
-        let failed = outcome.err();
-        let setup = error_key(connection, failed);
-        self.record(&self.setup, setup, took.as_secs_f64(), || {
-            error(labels(), failed)
-        });
+        // What is accepted has no set-up to wait for but its handshake, a phase.
+        if scope.direction == Direction::Outbound {
+            let took = match (connection.ends.get(), connection.failed.get()) {
+                (Some(ends), _) => ends.usable_at,
+                (None, Some(failed)) => failed.1,
+                (None, None) => connection.elapsed(),
+            };
+            let failed = outcome.err();
+            let setup = error_key(connection, failed);
+            self.record(&self.setup, setup, took.as_secs_f64(), || {
+                error(labels(), failed)
+            });
+        }
         for phase in phases {
             let took = phase
                 .to
@@ -235,6 +241,16 @@ impl Sink for Histograms {
                 PhaseKind::Connect { .. } => self.record(&self.tcp, key, took, labels),
                 PhaseKind::Tls { .. } => self.record(&self.tls, key, took, labels),
             }
+        }
+    }
+
+    fn first_bytes(&self, connection: &Connection) {
+        let scope = &connection.scope;
+        if scope.metrics() {
+            let took = connection.elapsed().as_secs_f64();
+            self.record(&self.first_byte, key(connection, 0), took, || {
+                Labels::name(&scope.name)
+            });
         }
     }
 
@@ -298,7 +314,7 @@ impl Sink for Histograms {
         }
         let labels = || Labels::name(&scope.name).host(host(connection, false));
         let requests = connection.requests();
-        if requests > 0 || close.idle.is_some() {
+        if connection.requests_seen() || close.idle.is_some() {
             self.record(&self.requests, key(connection, 0), requests as f64, labels);
         }
         if let Some(idle) = close.idle {

@@ -9,6 +9,7 @@ use opentelemetry::metrics::Meter;
 
 use super::labels::{Admitted, Host, Labels, Sums};
 use crate::event::{Direction, GaugeSource, IoLayer, ProtocolVersion};
+use crate::record::accept_queue::AcceptQueue;
 use crate::record::pool::{PoolHostStats, PoolStats};
 use crate::record::stats::{ScopeStats, Stats};
 use crate::record::{Recorder, lock};
@@ -69,6 +70,34 @@ const OBSERVABLES: &[(&Metric, Read)] = &[
                 );
             }
         });
+    }),
+    (&names::LISTENER_LIMIT_HITS, |stats, sums| {
+        each(stats, Direction::Inbound, |s| {
+            sums.add(Labels::name(&s.name), s.limit_hits)
+        });
+    }),
+    (&names::LISTENER_CONNECTIONS, listener_connections),
+    (&names::LISTENER_NEW_OLDEST, |stats, sums| {
+        each(stats, Direction::Inbound, |s| {
+            if s.states_seen {
+                let age = s.oldest_new.unwrap_or_default().as_nanos();
+                let nanos = u64::try_from(age).unwrap_or(u64::MAX);
+                sums.most(Labels::name(&s.name), nanos);
+            }
+        });
+    }),
+    (&names::LISTENER_HANDSHAKES, |stats, sums| {
+        each(stats, Direction::Inbound, |s| {
+            if s.tls_seen {
+                sums.add(Labels::name(&s.name), s.tls_handshakes);
+            }
+        });
+    }),
+    (&names::LISTENER_QUEUE_LENGTH, |stats, sums| {
+        accept_queues(stats, |name, queue| sums.add(name, queue.length));
+    }),
+    (&names::LISTENER_QUEUE_LIMIT, |stats, sums| {
+        accept_queues(stats, |name, queue| sums.add(name, queue.limit));
     }),
     (&names::ACTIVE_REQUESTS, |stats, sums| {
         let known = pool_hosts(stats).filter(|(pool, _)| pool.kind.knows_requests());
@@ -230,6 +259,33 @@ fn open_connections(stats: &Stats, sums: &mut Sums) {
             sums.add(labels.fact(names::HTTP_CONNECTION_STATE, "idle"), *idle);
         }
     }
+}
+
+fn listener_connections(stats: &Stats, sums: &mut Sums) {
+    each(stats, Direction::Inbound, |scope| {
+        let mut add = |state, n| {
+            let labels = Labels::name(&scope.name);
+            sums.add(labels.fact(names::HTTP_CONNECTION_STATE, state), n);
+        };
+        // Where nobody shows us requests, nothing is known, and a zero would be a guess.
+        if scope.states_seen || scope.requests > 0 {
+            add("active", scope.active);
+            add("idle", scope.idle);
+        }
+        if scope.states_seen {
+            add("new", scope.new);
+            add("hijacked", scope.hijacked);
+        }
+    });
+}
+
+/// The kernel's queues, of listeners that can be asked.
+fn accept_queues(stats: &Stats, mut f: impl FnMut(Labels, AcceptQueue)) {
+    each(stats, Direction::Inbound, |scope| {
+        if let Some(queue) = scope.accept_queue {
+            f(Labels::name(&scope.name), queue);
+        }
+    });
 }
 
 fn connections(stats: &Stats, sums: &mut Sums) {
