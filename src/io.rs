@@ -219,6 +219,12 @@ impl<T> TrackedIo<T> {
         ConnectionRecord(self.guard.connection().clone())
     }
 
+    /// The peer said above this stream that nothing more comes.
+    #[cfg(all(feature = "server", feature = "tls"))]
+    pub(crate) fn ended(&self) {
+        self.guard.end_of_stream();
+    }
+
     /// The stream inside.
     pub const fn get_ref(&self) -> &T {
         &self.io

@@ -211,7 +211,9 @@ impl ListenerBuilder {
         self
     }
 
-    /// `TCP_NODELAY` on accepted streams. Default: as the system has it, off.
+    /// `TCP_NODELAY` on accepted streams. Default: as the system has it, off; under a
+    /// [`Server`](crate::Server) on, as in Go, or small HTTP/2 answers wait for the client's
+    /// acknowledgement.
     pub const fn nodelay(mut self, on: bool) -> Self {
         self.options.nodelay = Some(on);
         self
@@ -433,6 +435,12 @@ impl<L: Accept> Listener<L> {
     #[cfg(feature = "server")]
     pub(crate) const fn door(&self) -> &Arc<Door> {
         &self.door.0
+    }
+
+    /// What a server wants, unless it was said.
+    #[cfg(feature = "server")]
+    pub(crate) fn nodelay_unless_said(&mut self) {
+        self.options.nodelay.get_or_insert(true);
     }
 
     #[cfg(feature = "server")]

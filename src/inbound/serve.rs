@@ -43,7 +43,8 @@ pub struct ServerBuilder<L: Accept, S> {
 }
 
 impl<L: Accept, S> ServerBuilder<L, S> {
-    pub(crate) fn new(listener: Listener<L>, service: S) -> Self {
+    pub(crate) fn new(mut listener: Listener<L>, service: S) -> Self {
+        listener.nodelay_unless_said();
         Self {
             listener,
             service,
@@ -469,11 +470,14 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncRead for ServerIo<T> {
             // The plaintext is here, so the states are seen here.
             #[cfg(feature = "tls")]
             LayersProj::Secure { io, record } => {
-                let before = buf.filled().len();
+                let (before, room) = (buf.filled().len(), buf.remaining());
                 let read = Pin::new(&mut **io).poll_read(cx, buf);
                 let bytes = &buf.filled()[before..];
                 if !bytes.is_empty() {
                     record.0.bytes_seen(bytes);
+                } else if room > 0 && matches!(read, Poll::Ready(Ok(()))) {
+                    // TLS has an end of its own, before the socket's.
+                    io.get_ref().0.ended();
                 }
                 read
             }

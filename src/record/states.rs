@@ -13,7 +13,8 @@
 //!   the flush after that ends the request's time. A connection that takes no further request
 //!   (`Connection: close`) does not become idle. (What only hyper knows it does: a request whose body
 //!   was not read to its end is followed by idle and closed in one instant.) In HTTP/2 when no stream
-//!   is left, and once when the preface was read, as Go's server has it.
+//!   is left, and once when the preface was read, as Go's server has it. (What h2 holds of a body that it
+//!   was given whole, for a client that reads slowly, is not seen: that connection is idle already.)
 //! - **Hijacked** when the connection changes hands, by `101 Switching Protocols` or a `CONNECT` that
 //!   was granted. It ends the machine. A request that only asks for an upgrade does nothing.
 //! - **Closed** is not the machine's: the socket's end is, whatever the state.

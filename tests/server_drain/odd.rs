@@ -176,3 +176,26 @@ async fn a_slow_reader_of_http2_gets_its_answer() {
     })
     .await;
 }
+
+/// A drain turns its door twice in a moment; whoever is at rest hears of the second turn, too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn nobody_at_rest_misses_the_drain() {
+    for _ in 0..100 {
+        let site = Site::new(Host::Ours).await;
+        let mut clients = Vec::new();
+        for _ in 0..50 {
+            clients.push(site.send(GET).await);
+        }
+        for client in &mut clients {
+            read_until(client, "hi").await;
+        }
+        soon(until(&site, |stats| stats.idle == 50)).await;
+        // With nobody who takes in, one turn follows the other at once.
+        site.server.abort();
+        while !site.server.is_finished() {
+            tokio::task::yield_now().await;
+        }
+        let report = soon(site.drain.drain(Duration::from_secs(2))).await;
+        assert!(report.is_clean() && report.open == 50, "{report:?}");
+    }
+}

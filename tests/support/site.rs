@@ -228,6 +228,9 @@ pub fn app() -> (Router, mpsc::UnboundedReceiver<String>, Arc<Semaphore>) {
         .route("/close", get(async || ([("connection", "close")], "bye")))
         .route("/read", any(async |body: Bytes| body.len().to_string()))
         .route("/upgrade", any(upgrade))
+        .route("/large", get(async || Bytes::from_static(&LARGE)))
+        .route("/panic", get(panics))
+        .fallback(tunnel)
         .layer(axum::middleware::from_fn(
             move |request: Request, next: axum::middleware::Next| {
                 let _ = enter.send(request.uri().path().to_owned());
@@ -235,6 +238,28 @@ pub fn app() -> (Router, mpsc::UnboundedReceiver<String>, Arc<Semaphore>) {
             },
         ));
     (app, entered, go)
+}
+
+/// More than the kernel's buffers hold between two ends.
+pub static LARGE: [u8; 32 << 20] = [b'x'; 32 << 20];
+
+async fn panics() -> &'static str {
+    panic!("a handler that panics, as it should")
+}
+
+/// A `CONNECT` to `echo` is granted; nothing else is found.
+async fn tunnel(request: Request) -> Response {
+    let granted = request.method() == http::Method::CONNECT
+        && request.uri().host().is_some_and(|host| host == "echo");
+    if granted {
+        let mut response = upgrade(request).await;
+        *response.status_mut() = http::StatusCode::OK;
+        response.headers_mut().clear();
+        return response;
+    }
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = http::StatusCode::NOT_FOUND;
+    response
 }
 
 /// Three pieces, each when it may.
