@@ -332,3 +332,26 @@ async fn http2_streams_that_are_reset(site: &mut Site) {
     drop(sender);
     connection.await.unwrap();
 }
+
+#[tokio::test]
+async fn requests_that_nobody_shows_are_found_out() {
+    let conntrack = otel_conntrack::Conntrack::builder().build().unwrap();
+    let listener = conntrack.listener("site").http();
+    let listener = listener.bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    // The layer is forgotten.
+    let (app, ..) = support::site::app();
+    let server = tokio::spawn(axum::serve(listener, app).into_future());
+    let mut client = tokio::net::TcpStream::connect(address).await.unwrap();
+    let states = || {
+        let stats = conntrack.stats();
+        let site = stats.listener("site").unwrap();
+        (site.open, site.new + site.active + site.idle)
+    };
+    for known in [1, 0, 0] {
+        client.write_all(GET).await.unwrap();
+        read_until(&mut client, "hi").await;
+        assert_eq!(states(), (1, known));
+    }
+    server.abort();
+}

@@ -188,7 +188,9 @@ impl ListenerBuilder {
     /// the states of Go's `http.ConnState`: new, active, idle, hijacked. Default: off, they are open and
     /// nothing more is known. ([`Conntrack::serve`] needs neither; it is all that.)
     ///
-    /// Without the layer a connection would be active for ever, from its first byte on.
+    /// Without the layer a connection over HTTP/1 is active from its first byte on, until its second
+    /// request shows that the first one was not shown; then it is open. The same goes for requests that
+    /// are answered before they come to the layer: put it outside of what may do that.
     ///
     /// [`ServerLayer`]: crate::ServerLayer
     /// [`ServerService`]: crate::ServerService

@@ -659,8 +659,11 @@ impl Connection {
 
     /// All that was written is out.
     pub(crate) fn flushed(&self) {
-        if self.facts().heeds_flush() {
+        let facts = self.facts();
+        if facts.heeds_flush() {
             self.change(|_| ((), self.step(Input::Flushed)));
+        } else if facts.heeds_answer() && self.bytes().1 > 0 {
+            self.change(|_| ((), self.step(Input::Answered)));
         }
     }
 

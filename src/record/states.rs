@@ -18,6 +18,9 @@
 //!   was granted. It ends the machine. A request that only asks for an upgrade does nothing.
 //! - **Closed** is not the machine's: the socket's end is, whatever the state.
 //!
+//! A server whose requests are not shown after all is found out when it answers one and the client sends
+//! the next: that connection is **Open** again. (What is turned down is answered, too, and then closed.)
+//!
 //! What the client sends first tells HTTP/1, HTTP/2 and TLS apart. HTTP/2 reads and writes without
 //! streams (settings, pings), so its bytes say nothing after the preface.
 //!
@@ -67,6 +70,10 @@ impl Facts {
     const LAST: u16 = 1 << 11;
     /// HTTP/2's streams are told, so calls decide nothing.
     const STREAMS: u16 = 1 << 12;
+    /// A request was handed over.
+    const CALLED: u16 = 1 << 13;
+    /// Something was answered, and none was.
+    const UNASKED: u16 = 1 << 14;
 
     /// Of a connection that a server speaks HTTP on. `maybe_tls`: TLS may be spoken above.
     pub(crate) const fn served(maybe_tls: bool) -> Self {
@@ -103,12 +110,20 @@ impl Facts {
     pub(crate) const fn heeds_bytes(self, state: ConnectionState) -> bool {
         self.has(Self::FED)
             && !self.has(Self::TWO | Self::OPAQUE)
-            && (!matches!(state, Active | Hijacked) || self.has(Self::ANSWERED))
+            && (!matches!(state, Active | Hijacked) || self.has(Self::ANSWERED | Self::UNASKED))
     }
 
     /// Whether a flush may mean anything.
     pub(crate) const fn heeds_flush(self) -> bool {
         self.has(Self::ANSWERED)
+    }
+
+    /// Whether it means anything that something was written. Not where the requests are sure to be shown.
+    pub(crate) const fn heeds_answer(self) -> bool {
+        self.has(Self::FED)
+            && self.has(Self::MAYBE_TLS)
+            && self.has(Self::DECIDED)
+            && !self.has(Self::TWO | Self::OPAQUE | Self::CALLED | Self::UNASKED)
     }
 
     /// Whether a response that closes an HTTP/1 connection means anything.
@@ -138,6 +153,8 @@ pub(crate) enum Input<'a> {
     Bytes(&'a [u8]),
     /// All that was written is out.
     Flushed,
+    /// The same, and something was; asked before any request was handed over.
+    Answered,
     /// A request is handed over. `last`: it says that no other follows.
     Call { http2: bool, last: bool },
     /// A request is over, well or badly.
@@ -169,8 +186,15 @@ impl States {
                 let rests = self.running == 0 && self.state == Active && !facts.has(Facts::LAST);
                 self.to(rests, Idle)
             }
+            Input::Answered => {
+                let unasked = facts.heeds_answer();
+                facts.0 |= if unasked { Facts::UNASKED } else { 0 };
+                NONE
+            }
             Input::Call { http2, last } => {
                 self.running += 1;
+                facts.set(Facts::CALLED, true);
+                facts.set(Facts::UNASKED, false);
                 if facts.has(Facts::STREAMS) {
                     return NONE;
                 }
@@ -251,6 +275,11 @@ impl States {
                 facts.set(Facts::OPAQUE, true);
                 return NONE;
             }
+        }
+        if facts.has(Facts::UNASKED) {
+            // Requests are answered that nobody shows us, so it can't be said what it is doing.
+            *facts = Facts::default();
+            return self.to(matches!(self.state, New | Active | Idle), Open);
         }
         // The next request is here before the response to the last one is out.
         facts.set(Facts::ANSWERED, false);

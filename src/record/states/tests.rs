@@ -307,6 +307,36 @@ fn ciphertext_tells_nothing_so_calls_do() {
 }
 
 #[test]
+fn requests_that_nobody_shows_are_found_out() {
+    use Input::{Answered, Bytes, Flushed, Over};
+    let run_all = |inputs: &[Input<'_>]| run(&mut new(Facts::served(true), New), inputs);
+    let first = [Bytes(GET), Flushed, Answered];
+    assert_eq!(run_all(&first), [Active]);
+    assert_eq!(
+        run_all(&[&first[..], &[Bytes(GET), Flushed, Answered, Bytes(GET)]].concat()),
+        [Active, Open]
+    );
+    // It was turned down and is closed, or the first call came late.
+    assert_eq!(
+        run_all(&[&first[..], &[CALL, Over, Flushed, Answered, Bytes(GET)]].concat()),
+        [Active, Idle, Active]
+    );
+    // Our own server shows each; a handshake's bytes are no answer.
+    let mut ours = new(Facts::served(false), New);
+    assert_eq!(
+        run(
+            &mut ours,
+            &[Bytes(&GET[..3]), Answered, Bytes(&GET[3..]), CALL]
+        ),
+        [Active]
+    );
+    // From then on it is as any other whose requests are shown by calls alone.
+    let mut machine = new(Facts::served(true), New);
+    run(&mut machine, &[&first[..], &[Bytes(GET)]].concat());
+    assert_eq!(run(&mut machine, &[CALL, Over]), [Active, Idle]);
+}
+
+#[test]
 fn requests_alone_move_a_connection_that_shows_no_bytes() {
     for from in [Open, Idle] {
         let mut machine = new(Facts::default(), from);
