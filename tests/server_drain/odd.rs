@@ -70,8 +70,7 @@ async fn the_address_is_free_once_the_drain_is_over() {
         let site = Site::new(Host::Ours).await;
         let report = soon(site.drain.drain(LONG)).await;
         assert!(report.is_clean());
-        let again = std::net::TcpListener::bind(site.address);
-        assert!(again.is_ok(), "{again:?}");
+        assert_free(site.address);
     }
 }
 
