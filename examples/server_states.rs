@@ -72,7 +72,7 @@ async fn main() -> Result<(), Failure> {
     let app = tower::service_fn(move |request| answer(request, gate.clone()));
     let certificate = Certificate::make()?;
     let listen = async |name| {
-        let listener = conntrack.listener(name).nodelay(true);
+        let listener = conntrack.listener(name);
         let listener = listener
             .state_tracker(totals.clone())
             .state_tracker(states.clone());

@@ -9,18 +9,26 @@
 //! What is counted are the bytes on the layer that was wrapped: on the wire for a `TcpStream`,
 //! plaintext for a TLS stream.
 
+#[cfg(any(feature = "hyper", feature = "net"))]
+mod frames;
+#[cfg(feature = "net")]
+mod h2_served;
 #[cfg(feature = "hyper")]
 mod h2_streams;
 
 use std::fmt;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
+#[cfg(feature = "net")]
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use pin_project_lite::pin_project;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::event::Endpoint;
+#[cfg(feature = "net")]
+use crate::record::Connection;
 use crate::record::handle::{ConnectionGuard, ConnectionRecord};
 use crate::record::socket_slot::SocketGuard;
 
@@ -63,49 +71,102 @@ pin_project! {
     }
 }
 
-/// The requests of an HTTP/2 client that shows them to nobody else; mostly none.
-struct StreamsOf {
+/// The streams of an HTTP/2 connection; mostly none.
+pub(crate) struct StreamsOf {
+    #[cfg(any(feature = "hyper", feature = "net"))]
+    streams: Option<Box<Side>>,
+}
+
+#[cfg(any(feature = "hyper", feature = "net"))]
+enum Side {
+    /// The requests of a client that shows them to nobody else.
     #[cfg(feature = "hyper")]
-    streams: Option<Box<h2_streams::Streams>>,
+    Client(h2_streams::Streams),
+    /// What keeps a server's connection active.
+    #[cfg(feature = "net")]
+    Server(h2_served::Streams),
+}
+
+#[cfg(any(feature = "hyper", feature = "net"))]
+impl Side {
+    /// False: nothing more is to be seen here. The same below.
+    fn read(&mut self, bytes: &[u8]) -> bool {
+        match self {
+            #[cfg(feature = "hyper")]
+            Self::Client(streams) => {
+                streams.read(bytes);
+                true
+            }
+            #[cfg(feature = "net")]
+            Self::Server(streams) => streams.read(bytes),
+        }
+    }
+
+    fn wrote(&mut self, bytes: &[u8]) -> bool {
+        match self {
+            #[cfg(feature = "hyper")]
+            Self::Client(streams) => {
+                streams.wrote(bytes);
+                true
+            }
+            #[cfg(feature = "net")]
+            Self::Server(streams) => streams.wrote(bytes),
+        }
+    }
 }
 
 impl StreamsOf {
-    const NONE: Self = Self {
-        #[cfg(feature = "hyper")]
+    pub(crate) const NONE: Self = Self {
+        #[cfg(any(feature = "hyper", feature = "net"))]
         streams: None,
     };
 
-    #[cfg_attr(
-        not(feature = "hyper"),
-        allow(
-            unused_variables,
-            clippy::unused_self,
-            clippy::needless_pass_by_ref_mut
-        )
-    )]
-    fn read(&mut self, bytes: &[u8]) {
-        #[cfg(feature = "hyper")]
-        if let Some(streams) = &mut self.streams {
-            streams.read(bytes);
+    /// These bytes of a server's connection were read, in plaintext: after [`read`](Self::read).
+    #[cfg(feature = "net")]
+    pub(crate) fn feed(&mut self, connection: &Arc<Connection>, bytes: &[u8]) {
+        if let Some(rest) = connection.bytes_seen(bytes) {
+            let streams = h2_served::Streams::new(connection.clone());
+            self.streams = Some(Box::new(Side::Server(streams)));
+            self.read(rest);
         }
     }
 
     #[cfg_attr(
-        not(feature = "hyper"),
+        not(any(feature = "hyper", feature = "net")),
         allow(
             unused_variables,
             clippy::unused_self,
             clippy::needless_pass_by_ref_mut
         )
     )]
-    fn wrote(&mut self, bytes: &[IoSlice<'_>], written: &Poll<io::Result<usize>>) {
-        #[cfg(feature = "hyper")]
+    pub(crate) fn read(&mut self, bytes: &[u8]) {
+        #[cfg(any(feature = "hyper", feature = "net"))]
+        if let Some(streams) = &mut self.streams
+            && !streams.read(bytes)
+        {
+            self.streams = None;
+        }
+    }
+
+    #[cfg_attr(
+        not(any(feature = "hyper", feature = "net")),
+        allow(
+            unused_variables,
+            clippy::unused_self,
+            clippy::needless_pass_by_ref_mut
+        )
+    )]
+    pub(crate) fn wrote(&mut self, bytes: &[IoSlice<'_>], written: &Poll<io::Result<usize>>) {
+        #[cfg(any(feature = "hyper", feature = "net"))]
         if let Some(streams) = &mut self.streams
             && let &Poll::Ready(Ok(mut left)) = written
         {
             for bytes in bytes {
                 let now = left.min(bytes.len());
-                streams.wrote(&bytes[..now]);
+                if !streams.wrote(&bytes[..now]) {
+                    self.streams = None;
+                    return;
+                }
                 left -= now;
             }
         }
@@ -169,8 +230,8 @@ impl<T> TrackedIo<T> {
     #[cfg(feature = "hyper")]
     pub(crate) fn with_streams(mut self, on: bool) -> Self {
         let connection = self.guard.connection();
-        let streams = on.then(|| Box::new(h2_streams::Streams::new(connection.clone())));
-        self.streams.streams = streams;
+        let streams = || h2_streams::Streams::new(connection.clone());
+        self.streams.streams = on.then(|| Box::new(Side::Client(streams())));
         self
     }
 
@@ -314,8 +375,9 @@ impl<T: AsyncRead> AsyncRead for TrackedIo<T> {
                 if !bytes.is_empty() {
                     this.guard.read(bytes.len());
                     this.streams.read(bytes);
+                    #[cfg(feature = "net")]
                     if *this.fed {
-                        this.guard.connection().bytes_seen(bytes);
+                        this.streams.feed(this.guard.connection(), bytes);
                     }
                 } else if room > 0 {
                     this.guard.end_of_stream();

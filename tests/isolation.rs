@@ -345,7 +345,8 @@ async fn histograms_that_panic_cost_their_points_and_nothing_else() {
         .unwrap();
     use_connections(&conntrack, &["pipe"; 3]).await;
     assert_counted(&conntrack, "pipe", 3);
-    assert_eq!(sink_panics(&conntrack), 3);
+    // Two for each: at its first byte and at its close.
+    assert_eq!(sink_panics(&conntrack), 6);
     assert_eq!(spans.get_finished_spans().unwrap().len(), 6);
 }
 
@@ -399,8 +400,8 @@ async fn panics_of_providers_do_not_disturb_the_observers() {
         (4, "Closed"),
     ];
     assert_eq!(events, expected);
-    // Two of spans and one of metrics for each.
-    assert_eq!(sink_panics(&conntrack), 6);
+    // Two of spans and two of metrics for each.
+    assert_eq!(sink_panics(&conntrack), 8);
     assert_eq!(conntrack.stats().dropped.observer_panics, 0);
 }
 

@@ -349,7 +349,54 @@ async fn http2() {
         lines[..2],
         ["StateChanged idle active", "StateChanged active idle"]
     );
-    assert!(lines[2].starts_with("Closed"), "{lines:?}");
+    assert_eq!(lines[2..], ["Closed goaway remote"]);
+}
+
+#[tokio::test]
+async fn an_http2_tunnel() {
+    let mut site = Site::new().await;
+    let connector = site.trust.client(&["h2"], None);
+    let stream = soon(site.by(&connector)).await.unwrap();
+    let (mut sender, connection) = http2_over(stream).await;
+    let request = Request::builder()
+        .method(http::Method::CONNECT)
+        .version(Version::HTTP_2)
+        .uri("echo:80")
+        .body(Empty::new())
+        .unwrap();
+    let response = soon(sender.send_request(request)).await.unwrap();
+    let tunnel = soon(hyper::upgrade::on(response)).await.unwrap();
+    let mut tunnel = TokioIo::new(tunnel);
+    tunnel.write_all(b"over").await.unwrap();
+    soon(tunnel.read_exact(&mut [0; 4])).await.unwrap();
+    // Its call is over, and another begins and ends beside it.
+    let response = soon(sender.send_request(get2("/"))).await.unwrap();
+    assert_eq!(response.collect().await.unwrap().to_bytes(), "hi");
+    soon(async {
+        while site.conntrack.connections()[0].in_flight > 0 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    assert_eq!((site.stats().active, site.stats().idle), (1, 0));
+    tunnel.shutdown().await.unwrap();
+    assert_eq!(to_end(&mut tunnel).await, b"");
+    site.until(|stats| stats.idle == 1).await;
+    drop((sender, tunnel));
+    soon(connection).await.unwrap();
+    assert_eq!(
+        site.events.lines_until("Closed").await,
+        [
+            "Accepted",
+            "TlsHandshakeStart",
+            "TlsHandshakeDone ok",
+            "StateChanged new active",
+            "StateChanged active idle",
+            "StateChanged idle active",
+            "StateChanged active idle",
+            "Closed goaway remote"
+        ]
+    );
 }
 
 // === the handshake ===

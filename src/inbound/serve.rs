@@ -22,6 +22,8 @@ use crate::inbound::drain::DrainHandle;
 use crate::inbound::listener::{Accept, Listener};
 use crate::inbound::service::{ServerBody, ServerService};
 use crate::inbound::serving::{Drive, Serving, Shared, Stage, Timeouts};
+#[cfg(feature = "tls")]
+use crate::io::StreamsOf;
 use crate::io::{Endpoints, TrackedIo};
 use crate::record::handle::ConnectionRecord;
 
@@ -385,7 +387,12 @@ pin_project! {
     #[project = LayersProj]
     enum Layers<T> {
         Plain { #[pin] io: TrackedIo<T> },
-        Secure { io: Box<tokio_rustls::server::TlsStream<TrackedIo<T>>>, record: ConnectionRecord },
+        // The plaintext is here, so the states are seen here.
+        Secure {
+            io: Box<tokio_rustls::server::TlsStream<TrackedIo<T>>>,
+            record: ConnectionRecord,
+            streams: StreamsOf,
+        },
     }
 }
 
@@ -408,7 +415,11 @@ impl<T> ServerIo<T> {
     fn secure(io: tokio_rustls::server::TlsStream<TrackedIo<T>>, record: ConnectionRecord) -> Self {
         let io = Box::new(io);
         Self {
-            layers: Layers::Secure { io, record },
+            layers: Layers::Secure {
+                io,
+                record,
+                streams: StreamsOf::NONE,
+            },
         }
     }
 
@@ -445,20 +456,6 @@ impl<T: Endpoints> Endpoints for ServerIo<T> {
     }
 }
 
-/// Calls a method of whatever layer is on top.
-macro_rules! on_top {
-    ($self:ident, $io:ident => $call:expr) => {
-        match $self.project().layers.project() {
-            LayersProj::Plain { io: $io } => $call,
-            #[cfg(feature = "tls")]
-            LayersProj::Secure { io, .. } => {
-                let $io = Pin::new(&mut **io);
-                $call
-            }
-        }
-    };
-}
-
 impl<T: AsyncRead + AsyncWrite + Unpin> AsyncRead for ServerIo<T> {
     fn poll_read(
         self: Pin<&mut Self>,
@@ -467,14 +464,18 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncRead for ServerIo<T> {
     ) -> Poll<io::Result<()>> {
         match self.project().layers.project() {
             LayersProj::Plain { io } => io.poll_read(cx, buf),
-            // The plaintext is here, so the states are seen here.
             #[cfg(feature = "tls")]
-            LayersProj::Secure { io, record } => {
+            LayersProj::Secure {
+                io,
+                record,
+                streams,
+            } => {
                 let (before, room) = (buf.filled().len(), buf.remaining());
                 let read = Pin::new(&mut **io).poll_read(cx, buf);
                 let bytes = &buf.filled()[before..];
                 if !bytes.is_empty() {
-                    record.0.bytes_seen(bytes);
+                    streams.read(bytes);
+                    streams.feed(&record.0, bytes);
                 } else if room > 0 && matches!(read, Poll::Ready(Ok(()))) {
                     // TLS has an end of its own, before the socket's.
                     io.get_ref().0.ended();
@@ -491,14 +492,22 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for ServerIo<T> {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        on_top!(self, io => io.poll_write(cx, buf))
+        match self.project().layers.project() {
+            LayersProj::Plain { io } => io.poll_write(cx, buf),
+            #[cfg(feature = "tls")]
+            LayersProj::Secure { io, streams, .. } => {
+                let written = Pin::new(&mut **io).poll_write(cx, buf);
+                streams.wrote(&[IoSlice::new(buf)], &written);
+                written
+            }
+        }
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.project().layers.project() {
             LayersProj::Plain { io } => io.poll_flush(cx),
             #[cfg(feature = "tls")]
-            LayersProj::Secure { io, record } => {
+            LayersProj::Secure { io, record, .. } => {
                 let flushed = Pin::new(&mut **io).poll_flush(cx);
                 if matches!(flushed, Poll::Ready(Ok(()))) {
                     record.0.flushed();
@@ -509,7 +518,11 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for ServerIo<T> {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        on_top!(self, io => io.poll_shutdown(cx))
+        match self.project().layers.project() {
+            LayersProj::Plain { io } => io.poll_shutdown(cx),
+            #[cfg(feature = "tls")]
+            LayersProj::Secure { io, .. } => Pin::new(&mut **io).poll_shutdown(cx),
+        }
     }
 
     fn poll_write_vectored(
@@ -517,7 +530,15 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for ServerIo<T> {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        on_top!(self, io => io.poll_write_vectored(cx, bufs))
+        match self.project().layers.project() {
+            LayersProj::Plain { io } => io.poll_write_vectored(cx, bufs),
+            #[cfg(feature = "tls")]
+            LayersProj::Secure { io, streams, .. } => {
+                let written = Pin::new(&mut **io).poll_write_vectored(cx, bufs);
+                streams.wrote(bufs, &written);
+                written
+            }
+        }
     }
 
     fn is_write_vectored(&self) -> bool {

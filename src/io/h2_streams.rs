@@ -1,27 +1,18 @@
 //! [`Streams`]: the requests of an HTTP/2 client, read from the frames as they pass by.
 //!
 //! For clients that show their requests to nobody, such as a tonic channel: a request runs from the
-//! HEADERS frame that opens its stream until the frame that ends the response, or a reset. Only the
-//! heads of frames are looked at (RFC 9113, section 4.1); what is in them is passed over.
-//!
-//! It is passive and no judge: h2 sees the same bytes and reports what is wrong with them. A
-//! connection that does not begin with HTTP/2's preface is not looked at any further.
+//! HEADERS frame that opens its stream until the frame that ends the response, or a reset. What it reads
+//! them with is [`Frames`], passive and no judge. A connection that does not begin with HTTP/2's preface is
+//! not looked at any further.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::event::ProtocolVersion;
+use crate::io::frames::{DATA, Frames, GOAWAY, HEADERS, RST_STREAM};
 use crate::record::Connection;
 use crate::record::handle::{ConnectionRecord, RequestGuard};
-
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-
-const DATA: u8 = 0;
-const HEADERS: u8 = 1;
-const RST_STREAM: u8 = 3;
-const GOAWAY: u8 = 7;
-/// The flag of DATA and HEADERS.
-const END_STREAM: u8 = 1;
+use crate::record::states::PREFACE;
 
 /// The streams of one connection, on the client's side.
 pub(crate) struct Streams {
@@ -64,26 +55,21 @@ impl Streams {
             }
             bytes = rest;
         }
-        self.sent.read(bytes, |frame| match frame {
+        let sent = self.sent.read(bytes, |frame| match frame.kind {
             // A later HEADERS frame of the same stream has its trailers.
-            Frame {
-                kind: HEADERS,
-                stream,
-                ..
-            } if stream > self.newest => {
-                self.newest = stream;
+            HEADERS if frame.stream > self.newest => {
+                self.newest = frame.stream;
                 let record = ConnectionRecord(self.connection.clone());
-                self.open.insert(stream, record.request_started());
+                self.open.insert(frame.stream, record.request_started());
             }
-            Frame {
-                kind: RST_STREAM,
-                stream,
-                ..
-            } => {
-                self.open.remove(&stream);
+            RST_STREAM => {
+                self.open.remove(&frame.stream);
             }
             _ => {}
         });
+        if sent.is_err() {
+            self.preface = None;
+        }
     }
 
     /// These bytes were read.
@@ -91,101 +77,22 @@ impl Streams {
         if self.preface != Some(PREFACE.len()) {
             return;
         }
-        self.received.read(bytes, |frame| match frame {
-            Frame {
-                kind: DATA | HEADERS,
-                flags,
-                stream,
-                ..
-            } if flags & END_STREAM != 0 => {
-                self.open.remove(&stream);
+        let received = self.received.read(bytes, |frame| match frame.kind {
+            DATA | HEADERS if frame.ends_stream() => {
+                self.open.remove(&frame.stream);
             }
-            Frame {
-                kind: RST_STREAM,
-                stream,
-                ..
-            } => {
-                self.open.remove(&stream);
+            RST_STREAM => {
+                self.open.remove(&frame.stream);
             }
             // Streams above it were not processed, and nothing more is said of them.
-            Frame {
-                kind: GOAWAY,
-                first,
-                ..
-            } => {
-                self.open.retain(|stream, _| *stream <= first & 0x7fff_ffff);
+            GOAWAY => {
+                self.open.retain(|stream, _| *stream <= frame.last_stream);
             }
             _ => {}
         });
-    }
-}
-
-/// A frame's head, and the first four bytes after it where they are asked for.
-struct Frame {
-    kind: u8,
-    flags: u8,
-    stream: u32,
-    first: u32,
-}
-
-const HEAD: usize = 9;
-const FIRST: usize = 4;
-
-/// Finds the frames in the bytes of one direction, in any pieces.
-#[derive(Default)]
-struct Frames {
-    /// Bytes to pass over.
-    skip: usize,
-    partial: [u8; HEAD + FIRST],
-    have: usize,
-}
-
-impl Frames {
-    fn read(&mut self, mut bytes: &[u8], mut frame: impl FnMut(Frame)) {
-        loop {
-            match bytes.split_at_checked(self.skip) {
-                Some((_, rest)) => {
-                    self.skip = 0;
-                    bytes = rest;
-                }
-                None => {
-                    self.skip -= bytes.len();
-                    return;
-                }
-            }
-            while self.have < self.needed() {
-                let Some((byte, rest)) = bytes.split_first() else {
-                    return;
-                };
-                self.partial[self.have] = *byte;
-                self.have += 1;
-                bytes = rest;
-            }
-            let [_, _, _, kind, flags, s0, s1, s2, s3, f0, f1, f2, f3] = self.partial;
-            self.skip = self.length() - (self.have - HEAD);
-            self.have = 0;
-            frame(Frame {
-                kind,
-                flags,
-                stream: u32::from_be_bytes([s0, s1, s2, s3]) & 0x7fff_ffff,
-                first: u32::from_be_bytes([f0, f1, f2, f3]),
-            });
+        if received.is_err() {
+            self.preface = None;
         }
-    }
-
-    /// How much of the frame's beginning is looked at.
-    fn needed(&self) -> usize {
-        if self.have >= HEAD && self.partial[3] == GOAWAY && self.length() >= FIRST {
-            HEAD + FIRST
-        } else {
-            HEAD
-        }
-    }
-
-    fn length(&self) -> usize {
-        let [l0, l1, l2, ..] = self.partial;
-        // 24 bits: they fit.
-        u32::from_be_bytes([0, l0, l1, l2]) as usize
     }
 }
 
@@ -194,15 +101,8 @@ mod tests {
     use super::*;
     use crate::Conntrack;
     use crate::event::{Direction, IoLayer, Target};
+    use crate::io::frames::frame;
     use proptest::prelude::*;
-
-    fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-        let mut bytes = (payload.len() as u32).to_be_bytes()[1..].to_vec();
-        bytes.extend([kind, flags]);
-        bytes.extend(stream.to_be_bytes());
-        bytes.extend(payload);
-        bytes
-    }
 
     struct Lab {
         streams: Streams,
@@ -241,7 +141,7 @@ mod tests {
         let mut bytes = frame(4, 0, 0, &[]);
         bytes.extend(frame(HEADERS, 4, 3, b"head"));
         bytes.extend(frame(DATA, 0, 3, &[1; 500]));
-        bytes.extend(frame(DATA, END_STREAM, 3, &[]));
+        bytes.extend(frame(DATA, 1, 3, &[]));
         bytes.extend(frame(RST_STREAM, 0, 5, &[0; 4]));
         bytes.extend(frame(GOAWAY, 0, 0, &[0, 0, 0, 7, 0, 0, 0, 0, b'x']));
         bytes

@@ -636,12 +636,25 @@ impl Connection {
         Facts(self.facts.load(Relaxed))
     }
 
-    /// This was read from it.
-    pub(crate) fn bytes_seen(&self, bytes: &[u8]) {
+    /// This was read from it. If HTTP/2's preface ends in it: what follows that.
+    pub(crate) fn bytes_seen<'a>(&self, bytes: &'a [u8]) -> Option<&'a [u8]> {
+        let facts = self.facts();
         // One task reads and writes, so what is passed over here can't be different by now.
-        if self.facts().heeds_bytes(self.state()) {
-            self.change(|_| ((), self.step(Input::Bytes(bytes))));
+        if !facts.heeds_bytes(self.state()) {
+            return None;
         }
+        self.change(|_| ((), self.step(Input::Bytes(bytes))));
+        facts.after_preface(bytes)
+    }
+
+    /// So many of the client's HTTP/2 streams are open now.
+    pub(crate) fn streams_open(&self, open: u32) {
+        self.change(|_| ((), self.step(Input::Streams(open))));
+    }
+
+    /// They are not followed any more.
+    pub(crate) fn streams_lost(&self) {
+        self.change(|_| ((), self.step(Input::StreamsLost)));
     }
 
     /// All that was written is out.
@@ -758,12 +771,12 @@ impl Connection {
     /// did not.
     #[cfg(feature = "net")]
     pub(crate) fn cut(&self) {
-        use CloseReason::{DrainDeadline, IdleTimeout, MaxLifetime, Shutdown};
+        use CloseReason::{DrainDeadline, Goaway, IdleTimeout, MaxLifetime, Shutdown};
         let reason = DrainDeadline;
         let _ = self
             .close_hint
             .fetch_update(Relaxed, Relaxed, |hint| match hint_of(hint) {
-                None | Some((IdleTimeout | MaxLifetime | Shutdown, _)) => {
+                None | Some((Goaway | IdleTimeout | MaxLifetime | Shutdown, _)) => {
                     Some(hint_value(reason, reason.initiator()))
                 }
                 Some(_) => None,

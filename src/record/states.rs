@@ -13,19 +13,25 @@
 //!   the flush after that ends the request's time. A connection that takes no further request
 //!   (`Connection: close`) does not become idle. (What only hyper knows it does: a request whose body
 //!   was not read to its end is followed by idle and closed in one instant.) In HTTP/2 when no stream
-//!   is left, and once when the preface was read, as Go's server has it. (What h2 holds of a body that it
-//!   was given whole, for a client that reads slowly, is not seen: that connection is idle already.)
+//!   is left, and once when the preface was read, as Go's server has it.
 //! - **Hijacked** when the connection changes hands, by `101 Switching Protocols` or a `CONNECT` that
 //!   was granted. It ends the machine. A request that only asks for an upgrade does nothing.
 //! - **Closed** is not the machine's: the socket's end is, whatever the state.
 //!
 //! What the client sends first tells HTTP/1, HTTP/2 and TLS apart. HTTP/2 reads and writes without
 //! streams (settings, pings), so its bytes say nothing after the preface.
+//!
+//! The streams of HTTP/2 are told by its frames, where they are seen in plaintext: a stream is open from
+//! its request's head until both sides have ended it or one has reset it, whoever was called for it. A
+//! tunnel (a granted `CONNECT`, a WebSocket by RFC 8441) is open after its call is over, and a response
+//! until its last byte is written. Calls are only counted then: a handler that runs on after a reset leaves
+//! the connection idle, as in Go. Where frames are not seen, calls stand for streams, and what goes on after
+//! a call is missed.
 
 use crate::event::ConnectionState::{self, Active, Hijacked, Idle, New, Open};
 
 /// How HTTP/2 begins (RFC 9113, section 3.4).
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub(crate) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// How a TLS record with a handshake in it begins (RFC 8446, section 5.1).
 const TLS_HANDSHAKE: u8 = 22;
 
@@ -59,6 +65,8 @@ impl Facts {
     const ANSWERED: u16 = 1 << 10;
     /// The connection takes no further request.
     const LAST: u16 = 1 << 11;
+    /// HTTP/2's streams are told, so calls decide nothing.
+    const STREAMS: u16 = 1 << 12;
 
     /// Of a connection that a server speaks HTTP on. `maybe_tls`: TLS may be spoken above.
     pub(crate) const fn served(maybe_tls: bool) -> Self {
@@ -80,6 +88,15 @@ impl Facts {
         } else {
             self.0 &= !fact;
         }
+    }
+
+    /// What follows HTTP/2's preface, if it ends in these bytes.
+    pub(crate) fn after_preface(self, bytes: &[u8]) -> Option<&[u8]> {
+        if self.has(Self::DECIDED) {
+            return None;
+        }
+        let read = usize::from(self.0 & Self::PREFACE);
+        bytes.strip_prefix(&PREFACE[read..])
     }
 
     /// Whether these bytes may mean anything, asked before any lock is taken.
@@ -129,6 +146,10 @@ pub(crate) enum Input<'a> {
     Last,
     /// The connection changes hands.
     Hijack,
+    /// So many streams of HTTP/2 are open now. From the first time on they decide.
+    Streams(u32),
+    /// The streams are not told any more.
+    StreamsLost,
 }
 
 /// The states that follow, in order.
@@ -150,6 +171,9 @@ impl States {
             }
             Input::Call { http2, last } => {
                 self.running += 1;
+                if facts.has(Facts::STREAMS) {
+                    return NONE;
+                }
                 if facts.has(Facts::FED) {
                     facts.set(Facts::ANSWERED, false);
                     facts.set(Facts::DECIDED, true);
@@ -160,6 +184,9 @@ impl States {
             }
             Input::Over => {
                 self.running = self.running.saturating_sub(1);
+                if facts.has(Facts::STREAMS) {
+                    return NONE;
+                }
                 let rests = self.running == 0 && self.state == Active;
                 if rests && facts.has(Facts::FED) && !facts.has(Facts::TWO) {
                     facts.set(Facts::ANSWERED, true);
@@ -173,6 +200,29 @@ impl States {
                 NONE
             }
             Input::Hijack => self.to(matches!(self.state, New | Open | Active | Idle), Hijacked),
+            Input::Streams(open) => {
+                if !facts.has(Facts::FED) {
+                    return NONE;
+                }
+                facts.set(Facts::ANSWERED | Facts::LAST, false);
+                facts.set(Facts::DECIDED | Facts::TWO | Facts::STREAMS, true);
+                self.works(open > 0)
+            }
+            Input::StreamsLost => {
+                if !facts.has(Facts::STREAMS) {
+                    return NONE;
+                }
+                facts.set(Facts::STREAMS, false);
+                self.works(self.running > 0)
+            }
+        }
+    }
+
+    const fn works(&mut self, works: bool) -> Changes {
+        if works {
+            self.to(matches!(self.state, New | Open | Idle), Active)
+        } else {
+            self.to(matches!(self.state, Active), Idle)
         }
     }
 
@@ -182,10 +232,7 @@ impl States {
             return NONE;
         }
         if !facts.has(Facts::DECIDED) {
-            let read = usize::from(facts.0 & Facts::PREFACE);
-            let left = &PREFACE[read..];
-            let same = bytes.iter().zip(left).take_while(|(a, b)| a == b).count();
-            if same == left.len() {
+            if facts.after_preface(bytes).is_some() {
                 facts.set(Facts::DECIDED | Facts::TWO, true);
                 return if self.state == New {
                     self.state = Idle;
@@ -194,8 +241,9 @@ impl States {
                     NONE
                 };
             }
-            if same == bytes.len() {
-                facts.0 += same as u16;
+            let read = usize::from(facts.0 & Facts::PREFACE);
+            if PREFACE[read..].starts_with(bytes) {
+                facts.0 += bytes.len() as u16;
                 return NONE;
             }
             facts.set(Facts::DECIDED, true);

@@ -64,7 +64,13 @@ impl Site {
     }
 
     pub async fn with(host: Host, set: fn(ListenerBuilder) -> ListenerBuilder) -> Self {
-        let ours = |server: ServerBuilder<TcpListener, Router>| server;
+        // As those do that are hyper's.
+        let ours = |server: ServerBuilder<TcpListener, Router>| {
+            server.http(|mut http| {
+                http.http2().enable_connect_protocol();
+                http
+            })
+        };
         Self::assembled(host, set, ours).await
     }
 

@@ -38,7 +38,7 @@ fn run(machine: &mut States, inputs: &[Input<'_>]) -> Vec<ConnectionState> {
 
 #[test]
 fn a_servers_connection_goes_through_gos_states() {
-    use Input::{Bytes, Flushed, Hijack, Last, Over};
+    use Input::{Bytes, Flushed, Hijack, Last, Over, Streams, StreamsLost};
     let table: &[(&str, &[Input<'_>], &[ConnectionState])] = &[
         ("says nothing", &[], &[]),
         (
@@ -177,6 +177,105 @@ fn a_servers_connection_goes_through_gos_states() {
             &[Active, Idle, Active],
         ),
         (
+            "streams that are told, and their calls",
+            &[
+                Bytes(PREFACE),
+                Streams(1),
+                STREAM,
+                Streams(2),
+                STREAM,
+                Over,
+                Over,
+                Streams(1),
+                Streams(0),
+                Flushed,
+            ],
+            &[Active, Idle, Active, Idle],
+        ),
+        (
+            "a tunnel: its call is over at once",
+            &[
+                Bytes(PREFACE),
+                Streams(1),
+                STREAM,
+                Over,
+                Flushed,
+                Bytes(b"x"),
+            ],
+            &[Active, Idle, Active],
+        ),
+        (
+            "another stream beside a tunnel",
+            &[
+                Bytes(PREFACE),
+                Streams(1),
+                STREAM,
+                Over,
+                Streams(2),
+                STREAM,
+                Over,
+                Streams(1),
+                Streams(0),
+            ],
+            &[Active, Idle, Active, Idle],
+        ),
+        (
+            "a handler that runs on after a reset",
+            &[
+                Bytes(PREFACE),
+                Streams(1),
+                STREAM,
+                Streams(0),
+                Flushed,
+                Streams(1),
+                STREAM,
+                Over,
+                Over,
+                Streams(0),
+            ],
+            &[Active, Idle, Active, Idle, Active, Idle],
+        ),
+        (
+            "a stream that is refused: nobody is called",
+            &[Bytes(PREFACE), Streams(1), Streams(0)],
+            &[Active, Idle, Active, Idle],
+        ),
+        (
+            "a request of the user's own beside told streams",
+            &[Bytes(PREFACE), Streams(1), CALL, Streams(0), Over, Flushed],
+            &[Active, Idle, Active, Idle],
+        ),
+        (
+            "streams that are told no more, during a call",
+            &[
+                Bytes(PREFACE),
+                Streams(1),
+                STREAM,
+                StreamsLost,
+                Over,
+                STREAM,
+                Over,
+            ],
+            &[Active, Idle, Active, Idle, Active, Idle],
+        ),
+        (
+            "the same, during a tunnel",
+            &[Bytes(PREFACE), Streams(1), STREAM, Over, StreamsLost],
+            &[Active, Idle, Active, Idle],
+        ),
+        (
+            "the same, during a call whose stream was reset",
+            &[
+                Bytes(PREFACE),
+                Streams(1),
+                STREAM,
+                Streams(0),
+                StreamsLost,
+                Over,
+            ],
+            &[Active, Idle, Active, Idle, Active, Idle],
+        ),
+        (
             "plain text only: TLS is no request's first byte here",
             &[Bytes(HELLO)],
             &[Active],
@@ -213,7 +312,15 @@ fn requests_alone_move_a_connection_that_shows_no_bytes() {
         let mut machine = new(Facts::default(), from);
         let got = run(
             &mut machine,
-            &[Input::Bytes(GET), CALL, CALL, Input::Over, Input::Flushed],
+            &[
+                Input::Bytes(GET),
+                Input::Streams(0),
+                CALL,
+                CALL,
+                Input::Over,
+                Input::Flushed,
+                Input::StreamsLost,
+            ],
         );
         assert_eq!((got, machine.running), (vec![Active], 1));
         assert_eq!(run(&mut machine, &[Input::Over, Input::Over]), [Idle]);
@@ -232,6 +339,9 @@ fn after_its_end_it_only_counts() {
             Input::Hijack,
             Input::Over,
             Input::Flushed,
+            Input::Streams(1),
+            Input::Streams(0),
+            Input::StreamsLost,
         ];
         assert_eq!(run(&mut machine, &inputs), [], "{end}");
         assert_eq!(machine.running, 0);
@@ -246,6 +356,8 @@ enum Step {
     Over,
     Last,
     Hijack,
+    Streams(u32),
+    StreamsLost,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -263,6 +375,8 @@ fn step() -> impl Strategy<Value = Step> {
         3 => Just(Step::Over),
         1 => Just(Step::Last),
         1 => Just(Step::Hijack),
+        2 => (0_u32..3).prop_map(Step::Streams),
+        1 => Just(Step::StreamsLost),
     ]
 }
 
@@ -274,6 +388,7 @@ proptest! {
     ) {
         let mut machine = new(Facts::served(maybe_tls), New);
         let mut state = New;
+        let mut open = None;
         for step in &steps {
             let before = machine;
             let input = match step {
@@ -283,6 +398,14 @@ proptest! {
                 Step::Over => Input::Over,
                 Step::Last => Input::Last,
                 Step::Hijack => Input::Hijack,
+                Step::Streams(now) => {
+                    open = Some(*now);
+                    Input::Streams(*now)
+                }
+                Step::StreamsLost => {
+                    open = None;
+                    Input::StreamsLost
+                }
             };
             let changes = machine.on(input);
             for change in changes.into_iter().flatten() {
@@ -292,8 +415,16 @@ proptest! {
                 state = change;
             }
             prop_assert_eq!(state, machine.state);
-            // A stream or request that runs keeps the connection from being idle.
-            prop_assert!(machine.running == 0 || machine.state != Idle);
+            // A stream or request that runs keeps the connection from being idle. Where streams are
+            // told they alone decide.
+            prop_assert_eq!(machine.facts.has(Facts::STREAMS), open.is_some());
+            match open {
+                Some(open) if state != Hijacked => {
+                    prop_assert_eq!(state == Active, open > 0, "{} with {} open", state, open);
+                }
+                Some(_) => {}
+                None => prop_assert!(machine.running == 0 || machine.state != Idle),
+            }
             // What may be passed over without a lock changes nothing.
             let passed_over = match input {
                 Input::Bytes(_) => !before.facts.heeds_bytes(before.state),
@@ -310,7 +441,10 @@ proptest! {
             machine.on(Input::Over);
         }
         machine.on(Input::Flushed);
-        if called && machine.state == Active {
+        if open.is_some() {
+            machine.on(Input::Streams(0));
+            prop_assert!(machine.state != Active);
+        } else if called && machine.state == Active {
             let last = machine.facts.has(Facts::LAST);
             prop_assert!(last || machine.facts.reads_head(machine.state, 0));
         }
