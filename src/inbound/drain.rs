@@ -127,6 +127,7 @@ impl Door {
         self.phase() >= SHUT
     }
 
+    #[cfg(feature = "server")]
     pub(crate) fn is_cut(&self) -> bool {
         self.phase() >= CUT
     }
