@@ -47,6 +47,9 @@ pub(crate) struct Door {
     inside_when_shut: AtomicU64,
     /// The listener is dropped: nobody takes anybody in any more.
     left: AtomicBool,
+    /// A server has the listener, and drops it when the door is shut.
+    #[cfg(feature = "server")]
+    kept: AtomicBool,
     /// Told at each phase but the first.
     turned: Notify,
     /// As are the tasks of a server's connections: there are many, and a waker is smaller than a wait.
@@ -65,6 +68,8 @@ impl Door {
             inside: AtomicU64::new(0),
             inside_when_shut: AtomicU64::new(0),
             left: AtomicBool::new(false),
+            #[cfg(feature = "server")]
+            kept: AtomicBool::new(false),
             turned: Notify::new(),
             #[cfg(feature = "server")]
             tasks: Mutex::default(),
@@ -122,6 +127,7 @@ impl Door {
         self.phase() >= SHUT
     }
 
+    #[cfg(feature = "server")]
     pub(crate) fn is_cut(&self) -> bool {
         self.phase() >= CUT
     }
@@ -144,6 +150,24 @@ impl Door {
         if self.is_closing() {
             self.shut();
         }
+        self.scope.rest().notify_waiters();
+    }
+
+    /// Whoever drains it waits until the listener is dropped, too: then its address is free.
+    #[cfg(feature = "server")]
+    pub(crate) fn keep(&self) {
+        self.kept.store(true, Ordering::Relaxed);
+    }
+
+    #[cfg(feature = "server")]
+    fn is_held_open(&self) -> bool {
+        self.kept.load(Ordering::Relaxed) && !self.left.load(Ordering::Acquire)
+    }
+
+    /// Nobody knows when others drop theirs.
+    #[cfg(not(feature = "server"))]
+    const fn is_held_open(&self) -> bool {
+        false
     }
 
     /// Ends once the door is closing, at once if it is.
@@ -169,7 +193,9 @@ impl Door {
     }
 
     fn is_empty(&self) -> bool {
-        self.inside.load(Ordering::Relaxed) == 0 && self.scope.orphans() == 0
+        self.inside.load(Ordering::Relaxed) == 0
+            && self.scope.orphans() == 0
+            && !self.is_held_open()
     }
 
     /// Ends once everybody is out.

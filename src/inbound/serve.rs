@@ -273,6 +273,7 @@ where
             tls,
         } = self.builder;
         let door = listener.door().clone();
+        door.keep();
         let http = Arc::new(http);
         let shared = Arc::new(Shared {
             door: door.clone(),

@@ -68,10 +68,11 @@ async fn no_time_at_all(site: &mut Site) {
 async fn the_address_is_free_once_the_drain_is_over() {
     for _ in 0..200 {
         let site = Site::new(Host::Ours).await;
+        // It has begun to serve.
+        read_until(&mut site.send(GET).await, "hi").await;
         let report = soon(site.drain.drain(LONG)).await;
         assert!(report.is_clean());
-        let again = std::net::TcpListener::bind(site.address);
-        assert!(again.is_ok(), "{again:?}");
+        assert_free(site.address);
     }
 }
 
