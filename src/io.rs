@@ -90,6 +90,7 @@ enum Side {
 #[cfg(any(feature = "hyper", feature = "net"))]
 impl Side {
     /// False: nothing more is to be seen here. The same below.
+    #[inline(never)]
     fn read(&mut self, bytes: &[u8]) -> bool {
         match self {
             #[cfg(feature = "hyper")]
@@ -102,16 +103,23 @@ impl Side {
         }
     }
 
-    fn wrote(&mut self, bytes: &[u8]) -> bool {
-        match self {
-            #[cfg(feature = "hyper")]
-            Self::Client(streams) => {
-                streams.wrote(bytes);
-                true
+    /// So much of these bytes was taken.
+    #[inline(never)]
+    fn wrote(&mut self, bytes: &[IoSlice<'_>], taken: usize) -> bool {
+        let mut left = taken;
+        bytes.iter().all(|bytes| {
+            let now = &bytes[..left.min(bytes.len())];
+            left -= now.len();
+            match self {
+                #[cfg(feature = "hyper")]
+                Self::Client(streams) => {
+                    streams.wrote(now);
+                    true
+                }
+                #[cfg(feature = "net")]
+                Self::Server(streams) => streams.wrote(now),
             }
-            #[cfg(feature = "net")]
-            Self::Server(streams) => streams.wrote(bytes),
-        }
+        })
     }
 }
 
@@ -123,14 +131,23 @@ impl StreamsOf {
 
     /// These bytes of a server's connection were read, in plaintext: after [`read`](Self::read).
     #[cfg(feature = "net")]
+    #[inline]
     pub(crate) fn feed(&mut self, connection: &Arc<Connection>, bytes: &[u8]) {
         if let Some(rest) = connection.bytes_seen(bytes) {
-            let streams = h2_served::Streams::new(connection.clone());
-            self.streams = Some(Box::new(Side::Server(streams)));
-            self.read(rest);
+            self.begin(connection, rest);
         }
     }
 
+    /// It is HTTP/2.
+    #[cfg(feature = "net")]
+    #[cold]
+    fn begin(&mut self, connection: &Arc<Connection>, after_preface: &[u8]) {
+        let streams = h2_served::Streams::new(connection.clone());
+        self.streams = Some(Box::new(Side::Server(streams)));
+        self.read(after_preface);
+    }
+
+    // Next to always there are none: what is inlined is that question.
     #[cfg_attr(
         not(any(feature = "hyper", feature = "net")),
         allow(
@@ -139,6 +156,7 @@ impl StreamsOf {
             clippy::needless_pass_by_ref_mut
         )
     )]
+    #[inline]
     pub(crate) fn read(&mut self, bytes: &[u8]) {
         #[cfg(any(feature = "hyper", feature = "net"))]
         if let Some(streams) = &mut self.streams
@@ -156,19 +174,14 @@ impl StreamsOf {
             clippy::needless_pass_by_ref_mut
         )
     )]
+    #[inline]
     pub(crate) fn wrote(&mut self, bytes: &[IoSlice<'_>], written: &Poll<io::Result<usize>>) {
         #[cfg(any(feature = "hyper", feature = "net"))]
         if let Some(streams) = &mut self.streams
-            && let &Poll::Ready(Ok(mut left)) = written
+            && let &Poll::Ready(Ok(taken)) = written
+            && !streams.wrote(bytes, taken)
         {
-            for bytes in bytes {
-                let now = left.min(bytes.len());
-                if !streams.wrote(&bytes[..now]) {
-                    self.streams = None;
-                    return;
-                }
-                left -= now;
-            }
+            self.streams = None;
         }
     }
 }

@@ -78,7 +78,7 @@ pub enum ConnectionState {
     /// Accepted by a server of HTTP, and nothing of a request was read yet (Go: `StateNew`).
     New,
     /// At least one request that we see is running on it; of an HTTP server's connection, a request
-    /// is being read, answered or written (Go: `StateActive`).
+    /// is being read, answered or written, or a stream of HTTP/2 is open (Go: `StateActive`).
     Active,
     /// Its requests are visible and none is running.
     Idle,

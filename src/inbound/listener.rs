@@ -190,7 +190,9 @@ impl ListenerBuilder {
     ///
     /// Without the layer a connection over HTTP/1 is active from its first byte on, until its second
     /// request shows that the first one was not shown; then it is open. The same goes for requests that
-    /// are answered before they come to the layer: put it outside of what may do that.
+    /// are answered before they come to the layer: put it outside of what may do that. HTTP/2 in
+    /// plaintext is seen by its streams; where TLS is above, by its requests, so that a tunnel
+    /// (`CONNECT`, RFC 8441) is not seen after its answer.
     ///
     /// [`ServerLayer`]: crate::ServerLayer
     /// [`ServerService`]: crate::ServerService

@@ -142,13 +142,13 @@ impl Open {
     fn tell(&self) {
         let open = self.streams.len();
         // It is bounded above.
-        self.connection.streams_open(open as u32);
+        self.connection.streams_open(Some(open as u32));
     }
 
     fn goes_on(&self, understood: bool) -> bool {
         let goes_on = understood && !self.too_many;
         if !goes_on {
-            self.connection.streams_lost();
+            self.connection.streams_open(None);
         }
         goes_on
     }

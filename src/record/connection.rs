@@ -643,18 +643,25 @@ impl Connection {
         if !facts.heeds_bytes(self.state()) {
             return None;
         }
+        if !facts.are_decided() {
+            return self.first_bytes_seen(bytes);
+        }
         self.change(|_| ((), self.step(Input::Bytes(bytes))));
-        facts.after_preface(bytes)
+        None
     }
 
-    /// So many of the client's HTTP/2 streams are open now.
-    pub(crate) fn streams_open(&self, open: u32) {
-        self.change(|_| ((), self.step(Input::Streams(open))));
+    #[cold]
+    fn first_bytes_seen<'a>(&self, bytes: &'a [u8]) -> Option<&'a [u8]> {
+        let rest = self.facts().after_preface(bytes);
+        self.change(|_| ((), self.step(Input::Bytes(bytes))));
+        rest
     }
 
-    /// They are not followed any more.
-    pub(crate) fn streams_lost(&self) {
-        self.change(|_| ((), self.step(Input::StreamsLost)));
+    /// So many of the client's HTTP/2 streams are open now; none if they are not followed any more.
+    #[inline(never)]
+    pub(crate) fn streams_open(&self, open: Option<u32>) {
+        let input = open.map_or(Input::StreamsLost, Input::Streams);
+        self.change(|_| ((), self.step(input)));
     }
 
     /// All that was written is out.

@@ -97,6 +97,11 @@ impl Facts {
         }
     }
 
+    /// It is known what is spoken.
+    pub(crate) const fn are_decided(self) -> bool {
+        self.has(Self::DECIDED)
+    }
+
     /// What follows HTTP/2's preface, if it ends in these bytes.
     pub(crate) fn after_preface(self, bytes: &[u8]) -> Option<&[u8]> {
         if self.has(Self::DECIDED) {
@@ -224,25 +229,29 @@ impl States {
                 NONE
             }
             Input::Hijack => self.to(matches!(self.state, New | Open | Active | Idle), Hijacked),
-            Input::Streams(open) => {
-                if !facts.has(Facts::FED) {
-                    return NONE;
-                }
-                facts.set(Facts::ANSWERED | Facts::LAST, false);
-                facts.set(Facts::DECIDED | Facts::TWO | Facts::STREAMS, true);
-                self.works(open > 0)
-            }
-            Input::StreamsLost => {
-                if !facts.has(Facts::STREAMS) {
-                    return NONE;
-                }
-                facts.set(Facts::STREAMS, false);
-                self.works(self.running > 0)
-            }
+            Input::Streams(open) => self.streams(Some(open)),
+            Input::StreamsLost => self.streams(None),
         }
     }
 
-    const fn works(&mut self, works: bool) -> Changes {
+    /// Apart, as HTTP/1 has none.
+    #[inline(never)]
+    fn streams(&mut self, told: Option<u32>) -> Changes {
+        let facts = &mut self.facts;
+        let works = if let Some(open) = told {
+            if !facts.has(Facts::FED) {
+                return NONE;
+            }
+            facts.set(Facts::ANSWERED | Facts::LAST, false);
+            facts.set(Facts::DECIDED | Facts::TWO | Facts::STREAMS, true);
+            open > 0
+        } else {
+            if !facts.has(Facts::STREAMS) {
+                return NONE;
+            }
+            facts.set(Facts::STREAMS, false);
+            self.running > 0
+        };
         if works {
             self.to(matches!(self.state, New | Open | Idle), Active)
         } else {
@@ -251,38 +260,53 @@ impl States {
     }
 
     fn bytes(&mut self, bytes: &[u8]) -> Changes {
-        let facts = &mut self.facts;
+        let facts = self.facts;
         if !facts.has(Facts::FED) || facts.has(Facts::TWO | Facts::OPAQUE) {
             return NONE;
         }
-        if !facts.has(Facts::DECIDED) {
-            if facts.after_preface(bytes).is_some() {
-                facts.set(Facts::DECIDED | Facts::TWO, true);
-                return if self.state == New {
-                    self.state = Idle;
-                    [Some(Active), Some(Idle)]
-                } else {
-                    NONE
-                };
-            }
-            let read = usize::from(facts.0 & Facts::PREFACE);
-            if PREFACE[read..].starts_with(bytes) {
-                facts.0 += bytes.len() as u16;
-                return NONE;
-            }
-            facts.set(Facts::DECIDED, true);
-            if facts.has(Facts::MAYBE_TLS) && read == 0 && bytes[0] == TLS_HANDSHAKE {
-                facts.set(Facts::OPAQUE, true);
-                return NONE;
-            }
+        if facts.has(Facts::DECIDED) {
+            self.requested()
+        } else {
+            self.first_bytes(bytes)
         }
+    }
+
+    /// These tell what is spoken. Apart, as they come once.
+    #[inline(never)]
+    fn first_bytes(&mut self, bytes: &[u8]) -> Changes {
+        let facts = &mut self.facts;
+        if facts.after_preface(bytes).is_some() {
+            facts.set(Facts::DECIDED | Facts::TWO, true);
+            return if self.state == New {
+                self.state = Idle;
+                [Some(Active), Some(Idle)]
+            } else {
+                NONE
+            };
+        }
+        let read = usize::from(facts.0 & Facts::PREFACE);
+        if PREFACE[read..].starts_with(bytes) {
+            facts.0 += bytes.len() as u16;
+            return NONE;
+        }
+        facts.set(Facts::DECIDED, true);
+        if facts.has(Facts::MAYBE_TLS) && read == 0 && bytes[0] == TLS_HANDSHAKE {
+            facts.set(Facts::OPAQUE, true);
+            return NONE;
+        }
+        self.requested()
+    }
+
+    /// HTTP/1 was read.
+    fn requested(&mut self) -> Changes {
+        let facts = &mut self.facts;
         if facts.has(Facts::UNASKED) {
             // Requests are answered that nobody shows us, so it can't be said what it is doing.
             *facts = Facts::default();
             return self.to(matches!(self.state, New | Active | Idle), Open);
         }
         // The next request is here before the response to the last one is out.
-        facts.set(Facts::ANSWERED, false);
+        self.facts.set(Facts::ANSWERED, false);
         self.to(matches!(self.state, New | Open | Idle), Active)
     }
 

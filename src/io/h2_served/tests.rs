@@ -256,6 +256,16 @@ fn http1_has_no_streams() {
     assert_eq!(lab.states(), [Active]);
 }
 
+#[test]
+#[cfg(target_pointer_width = "64")]
+fn connections_without_http2_are_as_small_as_before() {
+    use tokio::net::TcpStream;
+    assert_eq!(size_of::<StreamsOf>(), 8);
+    assert!(size_of::<crate::TrackedIo<TcpStream>>() <= 120);
+    #[cfg(feature = "server")]
+    assert!(size_of::<crate::inbound::serve::ServerIo<TcpStream>>() <= 120);
+}
+
 /// What a client says in a few streams, and what the server does: each its own direction.
 fn both() -> (Vec<u8>, Vec<u8>) {
     let mut client = PREFACE.to_vec();
