@@ -108,14 +108,15 @@ impl Door {
 
     /// This task is woken at each turn from now on; who looks at the phase afterwards misses none.
     #[cfg(feature = "server")]
-    pub(crate) fn wakes(&self, task: &Waker) -> usize {
-        lock(&self.tasks).insert(task.clone())
+    pub(crate) fn wakes(&self, task: &Waker) -> u32 {
+        // There are not as many descriptors as that.
+        lock(&self.tasks).insert(task.clone()) as u32
     }
 
     /// Not any more.
     #[cfg(feature = "server")]
-    pub(crate) fn forgets(&self, task: usize) {
-        let task = lock(&self.tasks).try_remove(task);
+    pub(crate) fn forgets(&self, task: u32) {
+        let task = lock(&self.tasks).try_remove(task as usize);
         drop(task);
     }
 

@@ -290,8 +290,8 @@ where
                 move |io: ServerIo<L::Io>, record: &ConnectionRecord| {
                     let service = TowerToHyperService::new(service);
                     let service = ServerService::new(service, record).telling(connection_info);
-                    http.serve_connection_with_upgrades(TokioIo::new(io), service)
-                        .into_owned()
+                    let driven = http.serve_connection_with_upgrades(TokioIo::new(io), service);
+                    Box::pin(driven.into_owned())
                 }
             };
             #[cfg(feature = "tls")]
@@ -303,13 +303,13 @@ where
                     let for_service = record.clone();
                     let handshake = async move { Some(connect(handshake.await?, &for_service)) };
                     let handshake = Box::pin(handshake);
-                    (record, Stage::Handshaking { handshake })
+                    (record, Stage::Handshaking(Box::new(handshake)))
                 }
                 None => {
                     let io = listener.track_http(taken);
                     let record = io.record();
                     let driven = connect(ServerIo::plain(io), &record);
-                    (record, Stage::Serving { driven })
+                    (record, Stage::Serving(driven))
                 }
             };
             #[cfg(not(feature = "tls"))]
@@ -317,13 +317,14 @@ where
                 let io = listener.track_http(taken);
                 let record = io.record();
                 let driven = connect(ServerIo::plain(io), &record);
-                (record, Stage::Serving { driven })
+                (record, Stage::Serving(driven))
             };
             let lifetime = timeouts
                 .lifetime
                 .map(|lifetime| jittered(lifetime, &record));
             let serving = Serving::new(stage, record.0, shared.clone(), lifetime);
-            tokio::spawn(serving);
+            // In a box, as a task's size is rounded up generously.
+            tokio::spawn(Box::pin(serving));
         }
         // The address is free from here on.
         drop(listener);

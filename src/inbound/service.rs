@@ -78,6 +78,7 @@ impl<S> tower_layer::Layer<S> for ServerLayer {
         ServerService {
             inner,
             connection: None,
+            #[cfg(feature = "server")]
             tells: false,
         }
     }
@@ -124,6 +125,7 @@ pub struct ServerService<S> {
     /// None: it is in the request's extensions.
     connection: Option<ConnectionRecord>,
     /// Handlers find it in the request's extensions.
+    #[cfg(feature = "server")]
     tells: bool,
 }
 
@@ -133,6 +135,7 @@ impl<S> ServerService<S> {
         Self {
             inner,
             connection: Some(connection.clone()),
+            #[cfg(feature = "server")]
             tells: false,
         }
     }
@@ -144,6 +147,7 @@ impl<S> ServerService<S> {
         self
     }
 
+    #[cfg_attr(not(feature = "server"), allow(clippy::needless_pass_by_ref_mut))]
     fn begin<B>(&self, request: &mut Request<B>) -> Option<Served> {
         let served = Served::begin(self.connection.as_ref(), request);
         #[cfg(feature = "server")]

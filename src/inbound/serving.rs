@@ -11,7 +11,6 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::event::{CloseReason, ConnectionState};
@@ -43,36 +42,31 @@ pub(crate) trait Drive: Future {
     fn finish(self: Pin<&mut Self>);
 }
 
-/// A handshake that comes before a connection; none if it failed.
-type Handshaking<C> = Pin<Box<dyn Future<Output = Option<C>> + Send>>;
+/// A handshake that comes before a connection; none if it failed. Boxed twice, as the connections that
+/// have none pay for its size.
+type Handshaking<C> = Box<Pin<Box<dyn Future<Output = Option<Pin<Box<C>>>> + Send>>>;
 
-pin_project! {
-    #[project = StageProj]
-    pub(crate) enum Stage<C> {
-        Handshaking { handshake: Handshaking<C> },
-        Serving { #[pin] driven: C },
-    }
+/// Both in a box: hyper's connection takes some kilobytes, and is moved no more once it is made.
+pub(crate) enum Stage<C> {
+    Handshaking(Handshaking<C>),
+    Serving(Pin<Box<C>>),
 }
 
-pin_project! {
-    /// A connection on its server.
-    pub(crate) struct Serving<C> {
-        #[pin]
-        stage: Stage<C>,
-        connection: Arc<Connection>,
-        post: Post,
-        // It was asked to finish.
-        told: bool,
-        accepted: Instant,
-        // Most connections need none most of the time.
-        timing: Option<Box<Timing>>,
-    }
+/// A connection on its server.
+pub(crate) struct Serving<C> {
+    stage: Stage<C>,
+    connection: Arc<Connection>,
+    post: Post,
+    /// It was asked to finish.
+    told: bool,
+    /// Most connections need none most of the time.
+    timing: Option<Box<Timing>>,
 }
 
 /// Where a connection's task is woken when the door turns.
 struct Post {
     shared: Arc<Shared>,
-    task: Option<usize>,
+    task: Option<u32>,
 }
 
 impl Drop for Post {
@@ -85,6 +79,7 @@ impl Drop for Post {
 
 /// The times of a connection.
 struct Timing {
+    accepted: Instant,
     /// When it has lived long enough.
     ends: Option<Instant>,
     rest: Option<Rest>,
@@ -144,15 +139,13 @@ impl<C> Serving<C> {
         shared: Arc<Shared>,
         lifetime: Option<Duration>,
     ) -> Self {
-        let accepted = Instant::now();
-        let ends = lifetime.and_then(|lifetime| accepted.checked_add(lifetime));
-        let timing = ends.is_some().then(|| Timing::until(ends));
+        let ends = lifetime.and_then(|lifetime| Instant::now().checked_add(lifetime));
+        let timing = ends.is_some().then(|| Timing::new(&connection, ends));
         Self {
             stage,
             connection,
             post: Post { shared, task: None },
             told: false,
-            accepted,
             timing,
         }
     }
@@ -168,43 +161,41 @@ enum Verdict {
 impl<C: Drive> Future for Serving<C> {
     type Output = ();
 
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let post = self.as_mut().project().post;
-        if post.task.is_none() {
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let this = self.get_mut();
+        if this.post.task.is_none() {
             // A task's waker stays, so once is enough.
-            post.task = Some(post.shared.door.wakes(cx.waker()));
+            this.post.task = Some(this.post.shared.door.wakes(cx.waker()));
         }
         loop {
-            let mut this = self.as_mut().project();
-            match this.stage.as_mut().project() {
-                StageProj::Handshaking { handshake } => match handshake.as_mut().poll(cx) {
+            match &mut this.stage {
+                Stage::Handshaking(handshake) => match (**handshake).as_mut().poll(cx) {
                     Poll::Ready(Some(driven)) => {
-                        this.stage.set(Stage::Serving { driven });
+                        this.stage = Stage::Serving(driven);
                         continue;
                     }
                     Poll::Ready(None) => return Poll::Ready(()),
                     Poll::Pending => {}
                 },
-                StageProj::Serving { driven } => {
-                    if driven.poll(cx).is_ready() {
+                Stage::Serving(driven) => {
+                    if driven.as_mut().poll(cx).is_ready() {
                         return Poll::Ready(());
                     }
                 }
             }
-            match self.as_mut().judge(cx) {
+            match this.judge(cx) {
                 Verdict::Fine => return Poll::Pending,
                 Verdict::Finish(reason) => {
-                    let mut this = self.as_mut().project();
-                    *this.told = true;
+                    this.told = true;
                     this.connection.hint(reason, reason.initiator());
-                    match this.stage.as_mut().project() {
-                        StageProj::Serving { driven } => driven.finish(),
+                    match &mut this.stage {
+                        Stage::Serving(driven) => driven.as_mut().finish(),
                         // The handshake has its own timeout.
-                        StageProj::Handshaking { .. } => {}
+                        Stage::Handshaking(_) => {}
                     }
                 }
                 Verdict::Drop(reason) => {
-                    self.connection.hint(reason, reason.initiator());
+                    this.connection.hint(reason, reason.initiator());
                     return Poll::Ready(());
                 }
             }
@@ -213,7 +204,7 @@ impl<C: Drive> Future for Serving<C> {
 }
 
 impl<C: Drive> Serving<C> {
-    fn judge(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Verdict {
+    fn judge(&mut self, cx: &mut Context<'_>) -> Verdict {
         let door = &self.post.shared.door;
         if door.is_shut() {
             if door.is_cut() {
@@ -228,27 +219,30 @@ impl<C: Drive> Serving<C> {
                 return Verdict::Finish(CloseReason::Shutdown);
             }
         }
-        let this = self.project();
-        let (connection, told) = (&**this.connection, *this.told);
-        let serving = matches!(this.stage.project(), StageProj::Serving { .. });
-        let wanted = this.post.shared.wanted(connection, told);
-        if wanted.is_none() && this.timing.is_none() {
+        let (connection, told) = (&*self.connection, self.told);
+        let serving = matches!(self.stage, Stage::Serving(_));
+        let wanted = self.post.shared.wanted(connection, told);
+        if wanted.is_none() && self.timing.is_none() {
             return Verdict::Fine;
         }
-        let timing = this.timing.get_or_insert_with(|| Timing::until(None));
+        let timing = self
+            .timing
+            .get_or_insert_with(|| Timing::new(connection, None));
         // A request that was begun comes first, as above. (A handshake has a timeout of its own.)
         let may_end = serving && !told && !connection.reads_head();
-        let verdict = timing.judge(connection, *this.accepted, wanted, may_end, serving, cx);
+        let verdict = timing.judge(connection, wanted, may_end, serving, cx);
         if timing.timer.is_none() && timing.ends.is_none() {
-            *this.timing = None;
+            self.timing = None;
         }
         verdict
     }
 }
 
 impl Timing {
-    fn until(ends: Option<Instant>) -> Box<Self> {
+    fn new(connection: &Connection, ends: Option<Instant>) -> Box<Self> {
+        let now = Instant::now();
         Box::new(Self {
+            accepted: now.checked_sub(connection.elapsed()).unwrap_or(now),
             ends,
             rest: None,
             timer: None,
@@ -258,7 +252,6 @@ impl Timing {
     fn judge(
         &mut self,
         connection: &Connection,
-        accepted: Instant,
         wanted: Option<(Why, Duration)>,
         may_end: bool,
         serving: bool,
@@ -268,9 +261,9 @@ impl Timing {
             (Some((why, _)), Some(rest)) if rest.why == why => {}
             (Some((why, timeout)), _) => {
                 let from = match why {
-                    Why::New | Why::NewAtTheEnd => accepted,
+                    Why::New | Why::NewAtTheEnd => self.accepted,
                     // The first request has one time, silence and head together.
-                    Why::Head if connection.requests() == 0 => accepted,
+                    Why::Head if connection.requests() == 0 => self.accepted,
                     _ => Instant::now(),
                 };
                 let until = from.checked_add(timeout);
