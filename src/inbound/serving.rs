@@ -48,6 +48,7 @@ type Handshaking<C> = Box<Pin<Box<dyn Future<Output = Option<Pin<Box<C>>>> + Sen
 
 /// Both in a box: hyper's connection takes some kilobytes, and is moved no more once it is made.
 pub(crate) enum Stage<C> {
+    #[cfg_attr(not(feature = "tls"), allow(dead_code))]
     Handshaking(Handshaking<C>),
     Serving(Pin<Box<C>>),
 }
