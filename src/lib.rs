@@ -146,7 +146,7 @@ pub use inbound::listener::{Accept, Listener, ListenerBuilder, SocketOptions, Wh
 pub use inbound::serve::{Server, ServerBuilder, ServerIo};
 #[cfg(all(feature = "net", feature = "hyper"))]
 pub use inbound::service::{ServerBody, ServerFuture, ServerLayer, ServerService};
-#[cfg(feature = "tls")]
+#[cfg(all(feature = "server", feature = "tls"))]
 pub use inbound::tls::{ServerTls, ServerTlsBuilder, enable_http2, server_config};
 #[cfg(feature = "net")]
 pub use inbound::tracker::{

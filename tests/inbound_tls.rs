@@ -4,7 +4,7 @@
     clippy::unwrap_used,
     reason = "a test tells by a panic what went wrong"
 )]
-#![cfg(feature = "tls")]
+#![cfg(all(feature = "server", feature = "tls"))]
 
 #[path = "support/refusal.rs"]
 mod refusal;

@@ -11,7 +11,7 @@
 
 pub(crate) mod drain;
 pub(crate) mod listener;
-#[cfg(feature = "tls")]
+#[cfg(all(feature = "server", feature = "tls"))]
 pub(crate) mod tls;
 pub(crate) mod tracker;
 

@@ -27,6 +27,7 @@
         unix,
         feature = "net",
         feature = "hyper",
+        feature = "server",
         feature = "tls",
         feature = "otlp"
     )),
