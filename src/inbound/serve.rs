@@ -278,6 +278,7 @@ where
         let shared = Arc::new(Shared {
             door: door.clone(),
             timeouts,
+            began: tokio::time::Instant::now(),
         });
         loop {
             let Some(taken) = listener.take_in_patiently().await else {

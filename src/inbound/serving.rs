@@ -34,6 +34,8 @@ pub(crate) struct Timeouts {
 pub(crate) struct Shared {
     pub(crate) door: Arc<Door>,
     pub(crate) timeouts: Timeouts,
+    /// What the accepts are told from.
+    pub(crate) began: Instant,
 }
 
 /// hyper's connection, as far as it is needed here.
@@ -60,6 +62,8 @@ pub(crate) struct Serving<C> {
     post: Post,
     /// It was asked to finish.
     told: bool,
+    /// Milliseconds from the server's beginning to the accept: an `Instant` is four times as large.
+    accepted: u32,
     /// Most connections need none most of the time.
     timing: Option<Box<Timing>>,
 }
@@ -140,13 +144,15 @@ impl<C> Serving<C> {
         shared: Arc<Shared>,
         lifetime: Option<Duration>,
     ) -> Self {
+        let shared_now = shared.now();
         let ends = lifetime.and_then(|lifetime| Instant::now().checked_add(lifetime));
-        let timing = ends.is_some().then(|| Timing::new(&connection, ends));
+        let timing = ends.is_some().then(|| Timing::new(Duration::ZERO, ends));
         Self {
             stage,
             connection,
             post: Post { shared, task: None },
             told: false,
+            accepted: shared_now,
             timing,
         }
     }
@@ -228,7 +234,7 @@ impl<C: Drive> Serving<C> {
         }
         let timing = self
             .timing
-            .get_or_insert_with(|| Timing::new(connection, None));
+            .get_or_insert_with(|| Timing::new(self.post.shared.since(self.accepted), None));
         // A request that was begun comes first, as above. (A handshake has a timeout of its own.)
         let may_end = serving && !told && !connection.reads_head();
         let verdict = timing.judge(connection, wanted, may_end, serving, cx);
@@ -240,10 +246,10 @@ impl<C: Drive> Serving<C> {
 }
 
 impl Timing {
-    fn new(connection: &Connection, ends: Option<Instant>) -> Box<Self> {
+    fn new(age: Duration, ends: Option<Instant>) -> Box<Self> {
         let now = Instant::now();
         Box::new(Self {
-            accepted: now.checked_sub(connection.elapsed()).unwrap_or(now),
+            accepted: now.checked_sub(age).unwrap_or(now),
             ends,
             rest: None,
             timer: None,
@@ -331,6 +337,17 @@ impl Timing {
 }
 
 impl Shared {
+    /// Comes round after 49 days, which is longer than a first request may take.
+    fn now(&self) -> u32 {
+        self.began.elapsed().as_millis() as u32
+    }
+
+    /// How long ago that was, never more than it was.
+    fn since(&self, then: u32) -> Duration {
+        let millis = self.now().wrapping_sub(then);
+        Duration::from_millis(u64::from(millis.saturating_sub(1)))
+    }
+
     /// For how long the connection may be as it is now, and why not longer.
     fn wanted(&self, connection: &Connection, told: bool) -> Option<(Why, Duration)> {
         let Timeouts { header, idle, .. } = self.timeouts;
