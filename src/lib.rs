@@ -104,6 +104,8 @@ mod builder;
 mod config;
 mod conntrack;
 pub mod event;
+#[cfg(feature = "hyper")]
+mod exchange;
 #[cfg(feature = "reqwest")]
 mod host;
 #[cfg(feature = "net")]

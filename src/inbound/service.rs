@@ -15,13 +15,13 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use http::{HeaderMap, HeaderName, Method, Request, Response, StatusCode, Version, header};
-use http_body::{Body, Frame, SizeHint};
+use http_body::Body;
 use pin_project_lite::pin_project;
 
 use crate::event::TraceRef;
-use crate::outbound::caller::Caller;
-use crate::outbound::client::protocol;
-use crate::outbound::held::Held;
+use crate::exchange::caller::Caller;
+use crate::exchange::held::{Held, held_body};
+use crate::exchange::protocol;
 use crate::record::Connection;
 use crate::record::handle::ConnectionRecord;
 
@@ -438,49 +438,10 @@ impl<F> fmt::Debug for ServerFuture<F> {
     }
 }
 
-pin_project! {
+held_body! {
     /// A response's body. The request is over on its connection when the body has ended, failed, or was
     /// dropped.
-    pub struct ServerBody<B> {
-        #[pin]
-        held: Held<B, Served>,
-    }
-}
-
-impl<B: Body> Body for ServerBody<B> {
-    type Data = B::Data;
-    type Error = B::Error;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        self.project().held.poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.held.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.held.size_hint()
-    }
-}
-
-impl<B: Default> Default for ServerBody<B> {
-    fn default() -> Self {
-        Self {
-            held: Held::default(),
-        }
-    }
-}
-
-impl<B: fmt::Debug> fmt::Debug for ServerBody<B> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ServerBody")
-            .field("body", &self.held.body)
-            .finish_non_exhaustive()
-    }
+    ServerBody holds Served
 }
 
 #[cfg(test)]

@@ -15,16 +15,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
 
-use http::{Extensions, Request, Response, StatusCode, Version};
-use http_body::{Body, Frame, SizeHint};
+use http::{Extensions, Request, Response, StatusCode};
+use http_body::Body;
 use hyper_util::client::legacy::connect::{CaptureConnection, capture_connection};
 use pin_project_lite::pin_project;
 use tower_layer::Layer;
 use tower_service::Service;
 
-use crate::event::{ConnectionState, ProtocolVersion};
-use crate::outbound::caller::Caller;
-use crate::outbound::held::Held;
+use crate::event::ConnectionState;
+use crate::exchange::caller::Caller;
+use crate::exchange::held::{Held, held_body};
+use crate::exchange::protocol;
 use crate::outbound::name::DialName;
 use crate::record::Connection;
 use crate::record::handle::{ConnectionRecord, RequestGuard, watch_clones};
@@ -246,57 +247,8 @@ fn acquired(
     }
 }
 
-pub(crate) const fn protocol(version: Version) -> Option<ProtocolVersion> {
-    match version {
-        Version::HTTP_10 => Some(ProtocolVersion::Http10),
-        Version::HTTP_11 => Some(ProtocolVersion::Http11),
-        Version::HTTP_2 => Some(ProtocolVersion::Http2),
-        Version::HTTP_3 => Some(ProtocolVersion::Http3),
-        _ => None,
-    }
-}
-
-pin_project! {
+held_body! {
     /// A response's body. The request ends on its connection when the body has ended, failed, or
     /// was dropped.
-    pub struct RequestBody<B> {
-        #[pin]
-        held: Held<B, RequestGuard>,
-    }
-}
-
-impl<B: Body> Body for RequestBody<B> {
-    type Data = B::Data;
-    type Error = B::Error;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        self.project().held.poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.held.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.held.size_hint()
-    }
-}
-
-impl<B: Default> Default for RequestBody<B> {
-    fn default() -> Self {
-        Self {
-            held: Held::default(),
-        }
-    }
-}
-
-impl<B: fmt::Debug> fmt::Debug for RequestBody<B> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RequestBody")
-            .field("body", &self.held.body)
-            .finish_non_exhaustive()
-    }
+    RequestBody holds RequestGuard
 }

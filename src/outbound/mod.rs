@@ -6,13 +6,10 @@
 //! - [`http_dialer`] makes the dialer a connector for hyper.
 //! - [`connector`] wraps any tower connector. It sees begin and end of set-up, not its phases.
 //! - [`client`] is a layer over an HTTP client: which connection served which request.
-//! - [`caller`] is who made a request, [`held`] a body that holds something until its end.
 //! - [`name`] overrides a dialer's name for one call.
 
 pub(crate) mod failure;
 
-#[cfg(feature = "hyper")]
-pub(crate) mod caller;
 #[cfg(feature = "hyper")]
 pub(crate) mod client;
 #[cfg(feature = "hyper")]
@@ -21,8 +18,6 @@ pub(crate) mod connector;
 pub(crate) mod dialer;
 #[cfg(feature = "net")]
 pub(crate) mod happy_eyeballs;
-#[cfg(feature = "hyper")]
-pub(crate) mod held;
 #[cfg(all(feature = "net", feature = "hyper"))]
 pub(crate) mod http_dialer;
 #[cfg(any(feature = "net", feature = "hyper"))]

@@ -5,7 +5,7 @@ use http::header::CONTENT_LENGTH;
 use http_body::Body as _;
 use reqwest::ResponseBuilderExt;
 
-pub(crate) use crate::outbound::held::Held;
+pub(crate) use crate::exchange::held::Held;
 
 /// Holds `guard` until the response's body has ended, failed, or is dropped.
 pub(crate) fn hold<G: Send + Sync + 'static>(

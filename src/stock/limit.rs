@@ -31,7 +31,7 @@ use self::machine::Limits;
 pub use self::service::{InFlightBody, InFlightFuture, InFlightService};
 use self::shell::{Begun, Shell};
 use crate::config::{ConfigError, valid_name};
-use crate::outbound::caller::Caller;
+use crate::exchange::caller::Caller;
 use crate::outbound::suppressed;
 use crate::record::Recorder;
 use crate::record::pool::{PoolSource, PoolStats};

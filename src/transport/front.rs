@@ -31,7 +31,7 @@ use reqwest_middleware::{Middleware, Next};
 use tower_http::follow_redirect::{FollowRedirect, RequestUri};
 use tower_service::Service;
 
-use crate::outbound::caller::Caller;
+use crate::exchange::caller::Caller;
 use crate::outbound::suppressed;
 use crate::transport::front::body::{Deadline, ReadTimeout, Timed};
 use crate::transport::front::builder::{ReqwestFront, Settings, speaks};

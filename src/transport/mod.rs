@@ -45,8 +45,8 @@ use http::{Request, Response};
 use http_body::Body;
 use tower_service::Service;
 
+use crate::exchange::caller::Caller;
 use crate::observer::{Composed, Observer};
-use crate::outbound::caller::Caller;
 use crate::outbound::dialer::Dialer;
 use crate::outbound::suppressed;
 use crate::record::handle::ConnectionRecord;

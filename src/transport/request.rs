@@ -17,8 +17,8 @@ use hyper::body::Incoming;
 use hyper::client::conn::TrySendError;
 
 use crate::event::{CloseReason, FailureReason, PoolEventKind, RequestId, TraceRef, WaitOutcome};
-use crate::outbound::caller::Caller;
-use crate::outbound::client::protocol;
+use crate::exchange::caller::Caller;
+use crate::exchange::protocol;
 use crate::record::Connection;
 use crate::record::handle::{ConnectionRecord, RequestGuard};
 use crate::record::pool::{Wait, Waited};

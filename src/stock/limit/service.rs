@@ -5,7 +5,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use http_body::{Body, Frame, SizeHint};
+use http_body::Body;
 use pin_project_lite::pin_project;
 use tower_layer::Layer;
 use tower_service::Service;
@@ -14,7 +14,7 @@ use super::error::{InFlightError, InFlightLimitError};
 use super::key::UrlRef;
 use super::shell::{Begun, Place, Waiting};
 use super::{Admission, InFlightLimit};
-use crate::outbound::held::Held;
+use crate::exchange::held::{Held, held_body};
 
 impl<S> Layer<S> for InFlightLimit {
     type Service = InFlightService<S>;
@@ -248,47 +248,8 @@ impl<S: Service<Q>, Q> fmt::Debug for InFlightFuture<S, Q> {
     }
 }
 
-pin_project! {
+held_body! {
     /// A response's body. Its request gives its place back when the body has ended, failed, or was
     /// dropped.
-    pub struct InFlightBody<B> {
-        #[pin]
-        held: Held<B, Place>,
-    }
-}
-
-impl<B: Body> Body for InFlightBody<B> {
-    type Data = B::Data;
-    type Error = B::Error;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        self.project().held.poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.held.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.held.size_hint()
-    }
-}
-
-impl<B: Default> Default for InFlightBody<B> {
-    fn default() -> Self {
-        Self {
-            held: Held::default(),
-        }
-    }
-}
-
-impl<B: fmt::Debug> fmt::Debug for InFlightBody<B> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("InFlightBody")
-            .field("body", &self.held.body)
-            .finish_non_exhaustive()
-    }
+    InFlightBody holds Place
 }

@@ -9,7 +9,7 @@ use std::task::{Context, Poll};
 use http::{Request, Response};
 use tower_service::Service;
 
-use crate::outbound::caller::Caller;
+use crate::exchange::caller::Caller;
 use crate::transport::body::ResponseBody;
 use crate::transport::front::error::Failure;
 use crate::transport::{RequestHooks, Transport};
