@@ -8,7 +8,7 @@ use std::collections::hash_map::RandomState;
 use std::collections::{BTreeMap, VecDeque};
 use std::hash::{BuildHasher, Hasher};
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::time::{Duration, SystemTime};
 
@@ -19,9 +19,11 @@ use crate::event::{
 use crate::observer::{Composed, Observer, shielded};
 use crate::record::close_watch::CloseWatch;
 use crate::record::connection::{Connection, Ends, Phase, PhaseKind};
+use crate::record::drains::Listeners;
 use crate::record::handle::ConnectionGuard;
 use crate::record::pool::{PoolSource, PoolStats, Pools, Unheard, Waited};
 use crate::record::stats::{ConnectionSnapshot, Dropped, Drops, Stats};
+use crate::record::times;
 use crate::record::{Scope, lock};
 
 /// How many names may be learned per direction; declared ones are not bounded, they are code.
@@ -66,7 +68,9 @@ struct Inner {
     history: Mutex<VecDeque<Arc<Connection>>>,
     history_size: usize,
     drops: Arc<Drops>,
+    watched: Arc<AtomicBool>,
     pools: Mutex<Pools>,
+    listeners: Listeners,
     close_watch: OnceLock<Arc<dyn CloseWatch>>,
 }
 
@@ -85,7 +89,9 @@ impl Recorder {
             history: Mutex::default(),
             history_size,
             drops,
+            watched: Arc::default(),
             pools: Mutex::default(),
+            listeners: Listeners::default(),
             close_watch: OnceLock::new(),
         }))
     }
@@ -106,6 +112,18 @@ impl Recorder {
     /// 0 for the first `Conntrack` of the process, and so on: the same after each restart.
     pub(crate) fn ordinal(&self) -> u32 {
         self.0.ordinal
+    }
+
+    /// From now on somebody looks at each connection: see [`Scope::watched`].
+    #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
+    pub(crate) fn watch(&self) {
+        self.0.watched.store(true, Relaxed);
+    }
+
+    /// The part of connection ids that tells this one from others.
+    #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
+    pub(crate) fn instance(&self) -> u32 {
+        self.0.instance
     }
 
     pub(crate) fn drops(&self) -> &Arc<Drops> {
@@ -152,6 +170,7 @@ impl Recorder {
             name.into(),
             observers,
             drops,
+            self.0.watched.clone(),
         ))
     }
 
@@ -175,7 +194,8 @@ impl Recorder {
             .entry((direction, name.clone()))
             .or_insert_with(|| {
                 let (observers, drops) = (self.0.observers.clone(), self.0.drops.clone());
-                Arc::new(Scope::new(direction, name, observers, drops))
+                let watched = self.0.watched.clone();
+                Arc::new(Scope::new(direction, name, observers, drops, watched))
             })
             .clone()
     }
@@ -292,6 +312,7 @@ impl Recorder {
     pub(crate) fn accept_error(&self, scope: &Scope, reason: AcceptErrorReason) {
         scope.transition(|t| {
             t.counts().accept_errors[reason.index()] += 1;
+            t.error();
             t.emit(None, SystemTime::now, || ConnectionEventKind::AcceptError {
                 reason,
             });
@@ -338,6 +359,12 @@ impl Recorder {
     /// A request's wait for a connection is over.
     pub(crate) fn waited(&self, waited: &Waited<'_>) {
         self.to_sinks(|sink| sink.waited(waited));
+    }
+
+    /// The listeners that there are.
+    #[cfg_attr(not(feature = "net"), allow(dead_code))]
+    pub(crate) fn listeners(&self) -> &Listeners {
+        &self.0.listeners
     }
 
     /// A pool begins.
@@ -389,6 +416,12 @@ impl Recorder {
     #[cfg_attr(not(feature = "stock"), allow(dead_code))]
     pub(crate) fn observers(&self) -> &Composed {
         &self.0.observers
+    }
+
+    /// The pools that there are.
+    #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
+    pub(crate) fn live_pools(&self) -> Vec<Arc<dyn PoolSource>> {
+        lock(&self.0.pools).live()
     }
 
     fn pools(&self) -> Vec<PoolStats> {
@@ -467,6 +500,20 @@ impl Recorder {
             dropped.pool_messages += more.messages;
         }
         dropped
+    }
+
+    /// The connection with this id, if it is not closed, or else is remembered.
+    #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
+    pub(crate) fn find_connection(&self, id: ConnectionId) -> Option<Arc<Connection>> {
+        if id.instance != self.0.instance {
+            return None;
+        }
+        let live = self.scopes().iter().find_map(|scope| scope.find(id));
+        live.or_else(|| {
+            let history = lock(&self.0.history);
+            let mut newest_first = history.iter().rev();
+            newest_first.find(|connection| connection.id == id).cloned()
+        })
     }
 
     pub(crate) fn live(&self) -> Vec<Arc<Connection>> {
@@ -710,6 +757,12 @@ impl Handshake {
             };
             connection.hint(CloseReason::TlsHandshakeFailed, initiator);
             connection.set_failed(reason, connection.elapsed());
+        }
+        if outcome.is_ok() {
+            let took = connection.elapsed();
+            connection
+                .scope
+                .transition(|t| t.counts().setups.add(&times::SETUP, took));
         }
         let phases = connection.take_phases();
         self.recorder
