@@ -7,11 +7,11 @@
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use crate::event::{ConnectionState, Direction};
-use crate::inspect::query::{Filter, STATES, Sort, text as duration};
+use crate::inspect::query::{Filter, Name, STATES, Sort, text as duration};
 use crate::inspect::text::{bound, bytes, clean, date, facts, limits, maybe, time, tls_version};
 use crate::inspect::view::{
     Bucket, Closed, Connections, Count, Family, Holder, One, Overview, Page, Pool, PoolKeyView,
-    PoolRow, Pools, Row, Trace, View,
+    PoolRow, Pools, Row, TraceView, View,
 };
 
 const STYLE: &str = include_str!("page.css");
@@ -68,6 +68,9 @@ pub(super) fn document(page: &Page<'_>, frame: &Frame<'_>) -> String {
                 }
                 @if let View::Connections(view) = &page.view {
                     (filter_form(base, &view.filter))
+                }
+                @if let View::Closed(view) = &page.view {
+                    (closed_form(base, &view.filter))
                 }
                 main #main tabindex="-1" { (content(page, frame)) }
                 script nonce=(frame.nonce) { (PreEscaped(SCRIPT)) }
@@ -128,8 +131,8 @@ fn overview(view: &Overview, frame: &Frame<'_>) -> Markup {
     html! {
         p {
             b { (view.open) } " connections open, "
-            b class=[(view.waiting > 0).then_some("busy")] { (view.waiting) } " requests waiting, up "
-            (time(view.uptime)) "."
+            b class=[(view.waiting > 0).then_some("busy")] { (view.waiting) } " requests waiting, watched for "
+            (time(view.watched_for)) "."
         }
         h2 { "Listeners" }
         @if view.listeners.is_empty() { p.dim { "None." } }
@@ -191,7 +194,7 @@ fn family_table(families: &[Family], frame: &Frame<'_>, caption: &str) -> Markup
                                 (td(family.new)) (td(maybe(family.oldest_new, time))) (td(family.hijacked))
                                 (td(maybe(family.max_connections, |n| n.to_string())))
                                 (td(maybe(family.limit_hits, |n| n.to_string())))
-                                (td(maybe(family.accept_queue, |[n, most]| format!("{n} of {most}"))))
+                                (td(maybe(family.accept_queue, |queue| format!("{} of {}", queue.length, queue.limit))))
                             } @else {
                                 (td(family.connecting)) (td(maybe(family.attempts, |n| n.to_string())))
                             }
@@ -210,7 +213,7 @@ fn family_table(families: &[Family], frame: &Frame<'_>, caption: &str) -> Markup
 
 fn names(family: &Family) -> String {
     Filter {
-        name: Some(family.name.to_string()),
+        name: Some(Name::Exactly(family.name.to_string())),
         direction: Some(family.direction),
         ..Filter::default()
     }
@@ -240,7 +243,7 @@ fn families(view: &Overview) -> Markup {
                 thead { tr {
                     th scope="col" { "Family" }
                     th.n scope="col" { "Live" }
-                    @for bucket in &any.recent_errors { th.n scope="col" { "errs<" (bound(bucket.seconds)) } }
+                    @for bucket in &any.recent_errors { th.n scope="col" { "errs<" (bound(bucket.within)) } }
                     th.n scope="col" { "errors" }
                     th scope="col" { "Last 10 min: opened" }
                     th scope="col" { "Last 10 min: errors" }
@@ -255,7 +258,7 @@ fn families(view: &Overview) -> Markup {
                             }
                             (td(family.errors))
                             td { (sparkline(&family.trend.opened, "connections opened")) }
-                            td { (sparkline(&family.trend.trouble, "errors")) }
+                            td { (sparkline(&family.trend.errors, "errors")) }
                         }
                     }
                 }
@@ -282,7 +285,7 @@ fn histograms<'a>(
                 caption { (caption) }
                 thead { tr {
                     th scope="col" { "Family" }
-                    @for bucket in bounds { th.n scope="col" { "≥" (bound(bucket.seconds)) } }
+                    @for bucket in bounds { th.n scope="col" { "≥" (bound(bucket.from)) } }
                     th scope="col" { "Shape" }
                 } }
                 tbody {
@@ -371,7 +374,7 @@ fn pool_table<'a>(pools: impl Iterator<Item = &'a PoolRow>, frame: &Frame<'_>) -
                             (n(pool.active)) (n(pool.idle)) (n(pool.dialing)) (n(pool.in_use))
                             td.n class=[(pool.waiting > 0).then_some("busy")] { (pool.waiting) }
                             (td(maybe(pool.oldest_wait, time))) (td(pool.waiting_max))
-                            td { (sparkline(&pool.trend.trouble, "requests waiting")) }
+                            td { (sparkline(&pool.trend.waiting, "requests waiting")) }
                             td { (limits(pool)) }
                         }
                     }
@@ -392,7 +395,7 @@ fn filter_form(base: &str, filter: &Filter) -> Markup {
     html! {
         section #filter aria-label="Filter" {
             form method="get" action={ (base) "/connections" } role="search" {
-                (field("name", "Name", filter.name.clone(), ""))
+                (field("name", "Name", filter.name.as_ref().map(ToString::to_string), ""))
                 label { "Direction" select name="direction" {
                     option value="" { "any" }
                     @for direction in [Direction::Inbound, Direction::Outbound] {
@@ -415,6 +418,26 @@ fn filter_form(base: &str, filter: &Filter) -> Markup {
                 } }
                 button type="submit" { "Filter" }
                 a href={ (base) "/connections" } { "Clear" }
+            }
+        }
+    }
+}
+
+fn closed_form(base: &str, filter: &Filter) -> Markup {
+    let name = filter.name.as_ref().map(ToString::to_string);
+    html! {
+        section #filter aria-label="Filter" {
+            form method="get" action={ (base) "/closed" } role="search" {
+                label { "Name" input name="name" value=[name] size="12"; }
+                label { "Direction" select name="direction" {
+                    option value="" { "any" }
+                    @for direction in [Direction::Inbound, Direction::Outbound] {
+                        option value=(direction) selected[filter.direction == Some(direction)] { (direction) }
+                    }
+                } }
+                label { "Host" input name="host" value=[filter.host.as_deref()] size="12"; }
+                button type="submit" { "Filter" }
+                a href={ (base) "/closed" } { "Clear" }
             }
         }
     }
@@ -533,7 +556,9 @@ fn one(view: &One, frame: &Frame<'_>) -> Markup {
                 @if let Some(active) = row.active { ", active for " (time(active)) } "." }
             ol {
                 @for serving in &view.serving {
-                    li { (trace_link(&serving.trace))
+                    li {
+                        @if let Some(request) = serving.request { "request " (request) " " }
+                        @if let Some(trace) = &serving.trace { (trace_link(trace)) }
                         @if let Some(since) = serving.since { " for " (time(since)) } }
                 }
             }
@@ -554,7 +579,7 @@ fn one(view: &One, frame: &Frame<'_>) -> Markup {
     }
 }
 
-fn trace_link(trace: &Trace) -> Markup {
+fn trace_link(trace: &TraceView) -> Markup {
     html! {
         @match &trace.link {
             Some(link) => a href=(link) rel="noreferrer" { (trace.trace_id) },
@@ -600,7 +625,9 @@ fn key_detail(key: &PoolKeyView, frame: &Frame<'_>) -> Markup {
     html! {
         article data-key=(clean(&key.key)) {
             h3 { (clean(&key.key)) }
-            p { (key.active) " active, " (key.idle) " idle, " (key.dialing) " dialing" }
+            @if let (Some(active), Some(idle), Some(dialing)) = (key.active, key.idle, key.dialing) {
+                p { (active) " active, " (idle) " idle, " (dialing) " dialing" }
+            }
             @if let Some(why) = &key.why { p.why { (why) "." } }
             @if !key.holders.is_empty() { (holders(&key.holders, frame)) }
             @if key.holders_omitted > 0 { p.dim { "And " (key.holders_omitted) " more." } }
@@ -613,7 +640,7 @@ fn key_detail(key: &PoolKeyView, frame: &Frame<'_>) -> Markup {
                     } }
                     tbody { @for waiter in &key.waiters { tr data-key=(waiter.request) {
                         (td(waiter.position)) (td(waiter.request)) (td(time(waiter.waited)))
-                        td { (waiter.reason) @if waiter.dialing { ", dial under way" } }
+                        td { (waiter.waits_for.replace('_', " ")) }
                         td { @if let Some(trace) = &waiter.trace { (trace_link(trace)) } }
                     } } }
                 } }

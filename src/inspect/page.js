@@ -29,14 +29,15 @@
     const url = new URL(location.href);
     url.searchParams.set('live', '1');
     source = new EventSource(url.pathname + url.search);
-    source.onmessage = event => {
+    source.addEventListener('gone', () => { stop(); say('no longer there'); });
+    source.addEventListener('update', event => {
       const next = new DOMParser().parseFromString(event.data, 'text/html').body;
       const old = main.cloneNode(false);
       old.append(...next.childNodes);
       like(main, old);
       say('live');
-    };
-    source.onerror = () => say('waiting for the service');
+    });
+    source.onerror = () => { say('waiting for the service'); if (source && source.readyState === 2) setTimeout(() => !paused && !document.hidden && start(), 5000); };
   };
   let paused = false;
   button.hidden = false;
