@@ -170,6 +170,17 @@ fn the_json_has_the_fields_that_it_had() {
         assert_eq!(view["title"], "shop");
         fields(&view, name, &mut found);
     }
+    // And each of them is in the documentation.
+    let documentation = include_str!("../../docs/live-page.md");
+    for path in &found {
+        for field in path.split('.').skip(1) {
+            let name = format!("`{}`", field.trim_end_matches("[]"));
+            assert!(
+                documentation.contains(&name),
+                "{path}: {name} is not documented"
+            );
+        }
+    }
     let lines: Vec<_> = found.into_iter().collect();
     is_kept("fields.txt", &(lines.join("\n") + "\n"));
 }
