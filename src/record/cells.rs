@@ -37,8 +37,29 @@ pub(crate) struct Cell {
     /// Nanoseconds after `started` of the last checkpoint.
     pub(crate) checkpoint: AtomicU64,
     pub(crate) in_flight: AtomicU32,
+    /// Segments sent again, when the kernel was asked last.
+    pub(crate) retransmits: AtomicU32,
     host_slot: AtomicU32,
     counts: AtomicBool,
+}
+
+/// What connections moved so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Moved {
+    /// Bytes.
+    pub(crate) read: u64,
+    /// Bytes.
+    pub(crate) written: u64,
+    /// Segments sent again, as far as the kernel was asked.
+    pub(crate) retransmits: u64,
+}
+
+impl std::ops::AddAssign for Moved {
+    fn add_assign(&mut self, more: Self) {
+        self.read += more.read;
+        self.written += more.written;
+        self.retransmits += more.retransmits;
+    }
 }
 
 struct Chunk<C: ?Sized = [Cell]> {
@@ -105,20 +126,20 @@ impl Cells {
         cell.gone.store(0, Ordering::Relaxed);
         cell.checkpoint.store(0, Ordering::Relaxed);
         cell.in_flight.store(0, Ordering::Relaxed);
+        cell.retransmits.store(0, Ordering::Relaxed);
         cell.host_slot.store(host_slot, Ordering::Relaxed);
         cell.counts.store(true, Ordering::Relaxed);
         cell
     }
 
-    /// Tells of each cell that counts: its host's slot, bytes read, bytes written.
-    pub(crate) fn look(&mut self, mut f: impl FnMut(u32, u64, u64)) {
+    /// Tells of each cell that counts: its host's slot, and what it counted.
+    pub(crate) fn look(&mut self, mut f: impl FnMut(u32, Moved)) {
         self.chunks.retain(|chunk| {
             let free = chunk.free.load(Ordering::Relaxed);
             for (index, cell) in chunk.cells.iter().enumerate() {
                 if free & (1 << index) == 0 && cell.counts.load(Ordering::Relaxed) {
                     let host_slot = cell.host_slot.load(Ordering::Relaxed);
-                    let (read, written) = cell.bytes();
-                    f(host_slot, read, written);
+                    f(host_slot, cell.moved());
                 }
             }
             // Nobody but us takes cells, and we are here.
@@ -134,7 +155,16 @@ impl Cell {
         (read, self.bytes_written.load(Ordering::Relaxed))
     }
 
-    /// Its bytes are counted elsewhere from now on. Under the shard's lock.
+    pub(crate) fn moved(&self) -> Moved {
+        let (read, written) = self.bytes();
+        Moved {
+            read,
+            written,
+            retransmits: self.retransmits.load(Ordering::Relaxed).into(),
+        }
+    }
+
+    /// What it counted is counted elsewhere from now on. Under the shard's lock.
     pub(crate) fn stop_counting(&self) {
         self.counts.store(false, Ordering::Relaxed);
     }
@@ -163,7 +193,7 @@ mod tests {
 
     fn seen(cells: &mut Cells) -> Vec<(u32, u64, u64)> {
         let mut seen = Vec::new();
-        cells.look(|slot, read, written| seen.push((slot, read, written)));
+        cells.look(|slot, moved| seen.push((slot, moved.read, moved.written)));
         seen.sort_unstable();
         seen
     }
@@ -207,6 +237,7 @@ mod tests {
             old.gone.store(5, Ordering::Relaxed);
             old.checkpoint.store(5, Ordering::Relaxed);
             old.in_flight.store(5, Ordering::Relaxed);
+            old.retransmits.store(5, Ordering::Relaxed);
             old.stop_counting();
             drop(old);
             let new = cells.take(1);
@@ -216,6 +247,7 @@ mod tests {
             assert_eq!(new.gone.load(Ordering::Relaxed), 0);
             assert_eq!(new.checkpoint.load(Ordering::Relaxed), 0);
             assert_eq!(new.in_flight.load(Ordering::Relaxed), 0);
+            assert_eq!(new.moved().retransmits, 0);
             taken.push(new);
         }
         assert_eq!(cells.chunks.len(), chunks);

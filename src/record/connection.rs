@@ -43,6 +43,8 @@ pub(crate) struct Connection {
     pub(crate) ends: OnceLock<Ends>,
     pub(crate) tls: OnceLock<Box<TlsFacts>>,
     pub(crate) closed: OnceLock<Box<Close>>,
+    /// What the kernel said last, where it said something at the end.
+    last_tcp: OnceLock<Box<TcpInfo>>,
     /// The set-up span, written before anybody can use the connection.
     pub(crate) trace: OnceLock<TraceRef>,
     pub(crate) socket: SocketSlot,
@@ -72,8 +74,6 @@ struct Aside {
     /// The trace of the request that is served, and which request it is.
     serving: Mutex<Option<(u32, TraceRef)>>,
     failed: OnceLock<(FailureReason, Duration)>,
-    /// What the kernel said last, where it said something at the end.
-    last_tcp: OnceLock<TcpInfo>,
     /// Its addresses as hyper-util says them, which reqwest's responses look for.
     #[cfg(feature = "reqwest-transport")]
     http_info: OnceLock<hyper_util::client::legacy::connect::HttpInfo>,
@@ -147,6 +147,7 @@ impl Connection {
             ends: OnceLock::new(),
             tls: OnceLock::new(),
             closed: OnceLock::new(),
+            last_tcp: OnceLock::new(),
             trace: OnceLock::new(),
             socket: SocketSlot::default(),
             aside: OnceLock::new(),
@@ -257,15 +258,29 @@ impl Connection {
             .store(self.cell.bytes_written.load(Relaxed) + bytes, Relaxed);
     }
 
-    /// The kernel's last word. What it counted stands for what nobody of us could count.
-    pub(crate) fn set_last_tcp(&self, tcp: TcpInfo) {
+    /// The kernel's last word on a connection whose bytes nobody of us could count: what it counted
+    /// stands for them.
+    #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
+    pub(crate) fn set_last_tcp_and_bytes(&self, tcp: TcpInfo) {
         self.cell
             .bytes_read
             .store(tcp.bytes_received.unwrap_or_default(), Relaxed);
         self.cell
             .bytes_written
             .store(tcp.bytes_acked.unwrap_or_default(), Relaxed);
-        let _ = self.aside().last_tcp.set(tcp);
+        self.scope.see_tcp();
+        self.set_last_tcp(tcp);
+    }
+
+    /// The kernel's last word. Before the close.
+    pub(crate) fn set_last_tcp(&self, tcp: TcpInfo) {
+        self.note_tcp(&tcp);
+        let _ = self.last_tcp.set(Box::new(tcp));
+    }
+
+    /// Counts what the kernel counted. Two may ask at once, and the later answer may be told first.
+    fn note_tcp(&self, tcp: &TcpInfo) {
+        self.cell.retransmits.fetch_max(tcp.retransmits, Relaxed);
     }
 
     /// It ended then, and is told later. The caller saw to it that nothing happened to it since.
@@ -275,7 +290,7 @@ impl Connection {
     }
 
     pub(crate) fn last_tcp(&self) -> Option<TcpInfo> {
-        self.aside.get()?.last_tcp.get().copied()
+        self.last_tcp.get().map(|tcp| **tcp)
     }
 
     /// Whom it was accepted from, where that can be told.
@@ -293,7 +308,9 @@ impl Connection {
 
     /// What the kernel says now; none without a TCP socket that is open and ours to ask.
     pub(crate) fn tcp_info(&self) -> Option<TcpInfo> {
-        self.socket.tcp_info()
+        let tcp = self.socket.tcp_info()?;
+        self.note_tcp(&tcp);
+        Some(tcp)
     }
 
     pub(crate) fn snapshot(&self) -> ConnectionSnapshot {
@@ -338,7 +355,7 @@ impl Connection {
                 timeline: timeline.entries().collect(),
                 timeline_dropped: timeline.dropped(),
                 closed: closed.map(|close| (close.reason, close.initiator)),
-                last_tcp: self.last_tcp(),
+                last_tcp: closed.and_then(|_| self.last_tcp()),
                 failed: failed.map(|failed| failed.0),
             }
         }

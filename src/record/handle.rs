@@ -42,6 +42,11 @@ impl ConnectionGuard {
         &self.connection
     }
 
+    /// Whether somebody will see how it ended.
+    pub(crate) fn end_is_seen(&self) -> bool {
+        self.recorder.sees_ends()
+    }
+
     /// Its end is seen by this watch, which looks before each snapshot.
     #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
     pub(crate) fn watched_by<W: CloseWatch + 'static>(&self, watch: &Arc<W>) {
@@ -71,7 +76,7 @@ impl ConnectionGuard {
     #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
     pub(crate) fn gone(self, tcp: Option<TcpInfo>, at: Option<Instant>) {
         if let Some(tcp) = tcp {
-            self.connection.set_last_tcp(tcp);
+            self.connection.set_last_tcp_and_bytes(tcp);
         }
         if let Some(at) = at {
             self.connection.set_gone(at);

@@ -416,6 +416,11 @@ impl Recorder {
         drop(oldest);
     }
 
+    /// Whether closes have anybody to go to, observers of a scope apart.
+    pub(crate) fn sees_ends(&self) -> bool {
+        self.0.history_size > 0 || self.0.sinks.get().is_some_and(|sinks| !sinks.is_empty())
+    }
+
     /// Whether the phases of set-up have anybody to go to.
     fn wants_phases(&self, scope: &Scope) -> bool {
         scope.observed() || self.0.sinks.get().is_some_and(|sinks| !sinks.is_empty())
