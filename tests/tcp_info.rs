@@ -4,6 +4,13 @@
 
 mod support;
 
+#[cfg(feature = "otlp")]
+#[path = "tcp_info/last.rs"]
+mod last;
+#[cfg(feature = "otlp")]
+#[path = "tcp_info/samples.rs"]
+mod samples;
+
 use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};

@@ -300,6 +300,71 @@ mod tests {
         assert_eq!(hosts, stats.bytes_read);
     }
 
+    /// Whoever asks, in whatever order the answers are told, and however the connection ends.
+    #[test]
+    fn segments_sent_again_are_counted_once_while_connections_are_asked_and_go() {
+        use std::sync::atomic::Ordering::Relaxed;
+
+        use crate::event::{Direction, TcpInfo};
+        use crate::observer::Composed;
+        use crate::record::Recorder;
+
+        const EACH: u64 = 3_000;
+        const OPEN: usize = 64;
+        fn answer(retransmits: u32) -> TcpInfo {
+            let mut bytes = [0; 168];
+            bytes[0] = 1;
+            bytes[100..104].copy_from_slice(&retransmits.to_ne_bytes());
+            TcpInfo::parse(&bytes).unwrap()
+        }
+        let recorder = Recorder::new(Composed::default(), 0, Arc::default());
+        let scope = recorder.declared(Direction::Inbound, "http");
+        let (left, expected) = (AtomicU64::new(2), AtomicU64::new(0));
+        std::thread::scope(|threads| {
+            for _ in 0..2 {
+                threads.spawn(|| {
+                    let mut open = std::collections::VecDeque::new();
+                    let mut close = |guard: crate::record::handle::ConnectionGuard, n: u64| {
+                        // Its last word, or none.
+                        let last = if n % 3 == 0 { 7 } else { 5 };
+                        if last == 7 {
+                            guard.connection().set_last_tcp(answer(7));
+                        } else {
+                            guard.connection().note_tcp(&answer(5));
+                        }
+                        expected.fetch_add(last, Relaxed);
+                    };
+                    for n in 0..EACH {
+                        open.push_back(recorder.accepted(&scope, None, None, None));
+                        if open.len() > OPEN
+                            && let Some(guard) = open.pop_front()
+                        {
+                            close(guard, n);
+                        }
+                    }
+                    open.into_iter().for_each(|guard| close(guard, 0));
+                    left.fetch_sub(1, Relaxed);
+                });
+            }
+            // A sampler, whose answers may be told late.
+            threads.spawn(|| {
+                while left.load(Relaxed) > 0 {
+                    for connection in scope.live() {
+                        connection.note_tcp(&answer(5));
+                        connection.note_tcp(&answer(3));
+                    }
+                }
+            });
+            let mut before = 0;
+            while left.load(Relaxed) > 0 {
+                let now = scope.stats().retransmits;
+                assert!(now >= before, "{before}, then {now}");
+                before = now;
+            }
+        });
+        assert_eq!(scope.stats().retransmits, expected.load(Relaxed));
+    }
+
     #[test]
     fn a_chunk_that_nobody_is_in_is_let_go_at_a_look() {
         let mut cells = Cells::default();

@@ -279,7 +279,7 @@ impl Connection {
     }
 
     /// Counts what the kernel counted. Two may ask at once, and the later answer may be told first.
-    fn note_tcp(&self, tcp: &TcpInfo) {
+    pub(crate) fn note_tcp(&self, tcp: &TcpInfo) {
         self.cell.retransmits.fetch_max(tcp.retransmits, Relaxed);
     }
 

@@ -12,6 +12,8 @@
 
 #[cfg(feature = "otlp")]
 pub mod expected;
+#[cfg(all(feature = "net", target_os = "linux"))]
+pub mod lossy;
 #[cfg(feature = "otlp")]
 pub mod otel;
 #[cfg(feature = "net")]
