@@ -439,6 +439,20 @@ impl Connection {
         }
     }
 
+    /// Where its set-up tried to connect to, as far as its steps are kept.
+    #[cfg_attr(not(feature = "audit"), allow(dead_code))]
+    pub(crate) fn addresses_tried(&self) -> Vec<std::net::SocketAddr> {
+        let Some(aside) = self.aside.get() else {
+            return Vec::new();
+        };
+        let phases = lock(&aside.phases);
+        let address = |phase: &Phase| match &phase.kind {
+            PhaseKind::Connect { address } => Some(*address),
+            _ => None,
+        };
+        phases.iter().filter_map(address).collect()
+    }
+
     /// Takes the phases, for the sinks; they are not kept after set-up.
     pub(crate) fn take_phases(&self) -> Vec<Phase> {
         self.aside

@@ -7,7 +7,7 @@
 use std::collections::hash_map::RandomState;
 use std::collections::{BTreeMap, VecDeque};
 use std::hash::{BuildHasher, Hasher};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::time::{Duration, SystemTime};
@@ -54,6 +54,34 @@ type Scopes = BTreeMap<(Direction, Arc<str>), Arc<Scope>>;
 #[derive(Clone)]
 pub(crate) struct Recorder(Arc<Inner>);
 
+/// Every recorder of the process, those that nobody reads too.
+#[cfg(feature = "audit")]
+static ALL: Mutex<Vec<Weak<Inner>>> = Mutex::new(Vec::new());
+
+/// Whose connections are telemetry's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(all(feature = "audit", feature = "otlp")), allow(dead_code))]
+pub(crate) enum Exporter {
+    /// It serves on this address.
+    Serves(SocketAddr),
+    /// It sends to this port; of this address, where that is known.
+    Sends(Option<IpAddr>, u16),
+}
+
+#[cfg_attr(not(feature = "audit"), allow(dead_code))]
+impl Exporter {
+    /// Whether a connection with these ends may be its own.
+    pub(crate) fn has(&self, local: SocketAddr, peer: SocketAddr) -> bool {
+        match self {
+            Self::Serves(address) => {
+                let any = address.ip().is_unspecified() || address.ip() == local.ip();
+                any && address.port() == local.port()
+            }
+            Self::Sends(ip, port) => *port == peer.port() && ip.is_none_or(|ip| ip == peer.ip()),
+        }
+    }
+}
+
 struct Inner {
     instance: u32,
     ordinal: u32,
@@ -68,12 +96,13 @@ struct Inner {
     drops: Arc<Drops>,
     pools: Mutex<Pools>,
     close_watch: OnceLock<Arc<dyn CloseWatch>>,
+    exporters: Mutex<Vec<Exporter>>,
 }
 
 impl Recorder {
     pub(crate) fn new(observers: Composed, history_size: usize, drops: Arc<Drops>) -> Self {
         static ORDINAL: AtomicU32 = AtomicU32::new(0);
-        Self(Arc::new(Inner {
+        let recorder = Self(Arc::new(Inner {
             // The standard library's hash keys are the random source that is there anyway.
             instance: RandomState::new().build_hasher().finish() as u32,
             ordinal: ORDINAL.fetch_add(1, Relaxed),
@@ -87,7 +116,33 @@ impl Recorder {
             drops,
             pools: Mutex::default(),
             close_watch: OnceLock::new(),
-        }))
+            exporters: Mutex::default(),
+        }));
+        #[cfg(feature = "audit")]
+        {
+            let mut all = lock(&ALL);
+            all.retain(|recorder| recorder.strong_count() > 0);
+            all.push(Arc::downgrade(&recorder.0));
+        }
+        recorder
+    }
+
+    /// Every recorder of the process that is still there.
+    #[cfg(feature = "audit")]
+    pub(crate) fn all() -> Vec<Self> {
+        let all = lock(&ALL);
+        all.iter().filter_map(Weak::upgrade).map(Self).collect()
+    }
+
+    /// An exporter of this `Conntrack` has connections, which are not to be tracked.
+    #[cfg_attr(not(feature = "otlp"), allow(dead_code))]
+    pub(crate) fn add_exporter(&self, exporter: Exporter) {
+        lock(&self.0.exporters).push(exporter);
+    }
+
+    #[cfg(feature = "audit")]
+    pub(crate) fn exporters(&self) -> Vec<Exporter> {
+        lock(&self.0.exporters).clone()
     }
 
     /// A recorder that nobody reads: for connections that must work and must not be seen.

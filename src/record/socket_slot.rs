@@ -51,6 +51,16 @@ impl SocketSlot {
         lock(&self.0).as_ref()?.tcp_info()
     }
 
+    /// What tells the socket from every other; none where `tcp_info` would have no answer. One system
+    /// call under the lock.
+    #[cfg_attr(not(feature = "audit"), allow(dead_code))]
+    pub(crate) fn cookie(&self) -> Option<NonZeroU64> {
+        let slot = lock(&self.0);
+        let socket = slot.as_ref()?;
+        let now = tcp_info::cookie(socket.fd)?;
+        (socket.cookie.is_none() || socket.cookie == Some(now)).then_some(now)
+    }
+
     /// Ends the socket in both directions, so that whoever reads or writes it learns that it is over.
     /// Not of a stream that was in other hands: its descriptor may be another's by now, and this can't
     /// be taken back.
