@@ -10,6 +10,8 @@
     unused_imports
 )]
 
+#[cfg(all(feature = "audit", target_os = "linux"))]
+pub mod audit;
 #[cfg(feature = "otlp")]
 pub mod expected;
 #[cfg(all(feature = "net", target_os = "linux"))]
