@@ -413,10 +413,13 @@ async fn while_connections_come_and_go_nothing_is_found() {
         looks += 1;
     }
     assert!(looks > 0);
+    while conntrack.stats().open() > 0 {
+        tokio::task::yield_now().await;
+    }
     let clean = comes_clean(&conntrack, at_or_to(&[address])).await;
     let stats = conntrack.stats();
     assert_eq!(stats.dialer("backend").unwrap().established, CONNECTIONS);
-    assert_eq!(clean.checked as u64, stats.open());
+    assert_eq!(clean.checked, 0);
 }
 
 async fn until_the_end(stream: &mut (impl AsyncRead + Unpin)) {

@@ -3,7 +3,7 @@
 //! Nothing stands still meanwhile, so the order matters. What is believed open is listed *before* the
 //! kernel's table is read, and what is closed when it was read is no finding. What is tracked is listed
 //! *after* it: a socket that was accepted just before may get its record just after, and the second look
-//! finds it there.
+//! finds it there. An attempt is listed together with what is tracked: it is one or the other.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -26,7 +26,7 @@ struct Look {
     checked: usize,
     unchecked: usize,
     missing: Vec<Arc<Connection>>,
-    untracked: Vec<Ours>,
+    untracked: Vec<(Ours, Option<LikelyOwner>)>,
 }
 
 pub(super) fn audit(recorder: &Recorder) -> Result<Audit, AuditError> {
@@ -43,8 +43,7 @@ pub(super) fn audit(recorder: &Recorder) -> Result<Audit, AuditError> {
     let missing = missing
         .filter(|missing| missing.connection.is_there())
         .collect();
-    let owners = Owners::of(&Recorder::all());
-    let untracked = look.untracked.iter().map(|ours| {
+    let untracked = look.untracked.iter().map(|(ours, likely)| {
         let Tuple { local, peer } = ours.key.ends();
         UntrackedSocket {
             local,
@@ -52,7 +51,7 @@ pub(super) fn audit(recorder: &Recorder) -> Result<Audit, AuditError> {
             state: ours.state,
             fd: ours.fd,
             inode: ours.inode,
-            likely: owners.likely(local, peer),
+            likely: *likely,
         }
     });
     Ok(Audit {
@@ -113,17 +112,21 @@ impl Look {
     fn confirmed_by(self, mut again: Self) -> Self {
         let missing: HashSet<_> = self.missing.iter().map(|it| it.id).collect();
         again.missing.retain(|it| missing.contains(&it.id));
-        let untracked: HashSet<_> = self.untracked.iter().map(|it| (it.inode, it.key)).collect();
+        let socket = |(ours, _): &(Ours, _)| (ours.inode, ours.key);
+        let untracked: HashSet<_> = self.untracked.iter().map(socket).collect();
         again
             .untracked
-            .retain(|it| untracked.contains(&(it.inode, it.key)));
+            .retain(|found| untracked.contains(&socket(found)));
         again
     }
 }
 
-/// The connections of this process that no record has.
-fn untracked(table: &Table) -> Vec<Ours> {
-    let tracked: Vec<_> = Recorder::all().iter().flat_map(Recorder::live).collect();
+/// The connections of this process that no record has, and whose they are most likely.
+fn untracked(table: &Table) -> Vec<(Ours, Option<LikelyOwner>)> {
+    let recorders = Recorder::all();
+    let tracked: Vec<_> = recorders.iter().flat_map(Recorder::live).collect();
+    // Before the keys: who has no ends yet is an attempt, and who has them by then is tracked.
+    let owners = Owners::of(&recorders, &tracked);
     let keys = tracked.iter().filter_map(|it| key_of(it));
     let keys: HashSet<_> = keys.map(|key| table.known(key)).collect();
     let mut left = table.ours.clone();
@@ -133,7 +136,9 @@ fn untracked(table: &Table) -> Vec<Ours> {
         let cookies: HashSet<_> = cookies.map(u64::from).collect();
         left.retain(|ours| ours.cookie.is_none_or(|cookie| !cookies.contains(&cookie)));
     }
-    left
+    left.into_iter()
+        .map(|ours| (ours, owners.likely(&ours.key.ends())))
+        .collect()
 }
 
 /// The record says that it is open.
@@ -164,13 +169,13 @@ struct Owners {
 }
 
 impl Owners {
-    fn of(recorders: &[Recorder]) -> Self {
+    fn of(recorders: &[Recorder], connections: &[Arc<Connection>]) -> Self {
         let mut owners = Self {
             exporters: recorders.iter().flat_map(Recorder::exporters).collect(),
             ports: HashSet::new(),
             addresses: HashSet::new(),
         };
-        for connection in recorders.iter().flat_map(Recorder::live) {
+        for connection in connections {
             if connection.state() == ConnectionState::Connecting {
                 let target = connection.target.as_deref();
                 owners.ports.extend(target.and_then(|target| target.port));
@@ -180,7 +185,8 @@ impl Owners {
         owners
     }
 
-    fn likely(&self, local: SocketAddr, peer: SocketAddr) -> Option<LikelyOwner> {
+    fn likely(&self, ends: &Tuple) -> Option<LikelyOwner> {
+        let Tuple { local, peer } = *ends;
         if self.exporters.iter().any(|it| it.has(local, peer)) {
             Some(LikelyOwner::Exporter)
         } else if self.ports.contains(&peer.port()) || self.addresses.contains(&peer) {
