@@ -271,7 +271,7 @@ impl ConnectionRecord {
     /// write takes. (After [`TrackedIo::get_mut`](crate::TrackedIo::get_mut) or
     /// [`map`](crate::TrackedIo::map) it takes two, so that no other socket can answer.)
     ///
-    /// None once it is closed, for what is not TCP, for streams of foreign make (see
+    /// None once it is closed ([`ConnectionSnapshot::last_tcp`] has what it said last), for what is not TCP, for streams of foreign make (see
     /// [`Endpoints::socket`](crate::Endpoints::socket)), without the feature `net`, and on systems
     /// other than Linux.
     ///
