@@ -16,7 +16,7 @@ use tokio::net::TcpStream;
 
 mod support;
 
-use support::median;
+use support::{median, processor};
 
 type Stream = TrackedIo<TcpStream>;
 
@@ -69,6 +69,7 @@ fn main() {
     let (look, ..) = median(&mut looks);
     println!("one look at a connection            {look:>8.2} µs");
 
+    let begin = processor();
     let mut audits: Vec<_> = (0..rounds)
         .map(|_| {
             each(1_000, || {
@@ -78,9 +79,12 @@ fn main() {
             })
         })
         .collect();
+    let busy = (processor() - begin) * 1e3 / rounds as f64;
     let (audit, ..) = median(&mut audits);
     let sockets = 2 * connections;
-    println!("an audit of {sockets} connections       {audit:>8.2} ms");
+    println!(
+        "an audit of {sockets} connections       {audit:>8.2} ms, {busy:.1} ms of a processor"
+    );
     drop((records, streams));
 
     let (nobody, history) = (conntrack(0), conntrack(1));

@@ -169,9 +169,9 @@ impl Conntrack {
     /// that are believed open and are not, and connections of this process that nobody tracks.
     ///
     /// A tool for tests and for a look at a service that behaves oddly; not for a request's path. It
-    /// blocks its thread: for a table of the host's connections (the kernel needs about 1 µs for each, of
-    /// whatever process) and one system call for each descriptor of this process. Where something is
-    /// doubtful it waits 100 ms and looks once more, so that what was opened or closed in the meantime is
+    /// blocks its thread: it reads the table of the host's connections, of whatever process, and makes one
+    /// system call for each descriptor of this one. With ten thousand connections that takes some tens of
+    /// milliseconds. Where something is doubtful it waits 100 ms and looks once more, so that what was opened or closed in the meantime is
     /// no finding; a stock client's close may be known that late. In async code call it by
     /// `tokio::task::spawn_blocking`.
     ///

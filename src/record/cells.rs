@@ -324,9 +324,9 @@ mod tests {
             for _ in 0..2 {
                 threads.spawn(|| {
                     let mut open = std::collections::VecDeque::new();
-                    let mut close = |guard: crate::record::handle::ConnectionGuard, n: u64| {
+                    let close = |guard: crate::record::handle::ConnectionGuard, n: u64| {
                         // Its last word, or none.
-                        let last = if n % 3 == 0 { 7 } else { 5 };
+                        let last = if n.is_multiple_of(3) { 7 } else { 5 };
                         if last == 7 {
                             guard.connection().set_last_tcp(answer(7));
                         } else {

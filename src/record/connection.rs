@@ -440,7 +440,7 @@ impl Connection {
     }
 
     /// Where its set-up tried to connect to, as far as its steps are kept.
-    #[cfg_attr(not(feature = "audit"), allow(dead_code))]
+    #[cfg_attr(not(all(feature = "audit", target_os = "linux")), allow(dead_code))]
     pub(crate) fn addresses_tried(&self) -> Vec<std::net::SocketAddr> {
         let Some(aside) = self.aside.get() else {
             return Vec::new();

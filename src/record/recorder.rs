@@ -55,12 +55,15 @@ type Scopes = BTreeMap<(Direction, Arc<str>), Arc<Scope>>;
 pub(crate) struct Recorder(Arc<Inner>);
 
 /// Every recorder of the process, those that nobody reads too.
-#[cfg(feature = "audit")]
+#[cfg(all(feature = "audit", target_os = "linux"))]
 static ALL: Mutex<Vec<Weak<Inner>>> = Mutex::new(Vec::new());
 
 /// Whose connections are telemetry's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[cfg_attr(not(all(feature = "audit", feature = "otlp")), allow(dead_code))]
+#[cfg_attr(
+    not(all(feature = "audit", feature = "otlp", target_os = "linux")),
+    allow(dead_code)
+)]
 pub(crate) enum Exporter {
     /// It serves on this address.
     Serves(SocketAddr),
@@ -68,7 +71,7 @@ pub(crate) enum Exporter {
     Sends(Option<IpAddr>, u16),
 }
 
-#[cfg_attr(not(feature = "audit"), allow(dead_code))]
+#[cfg_attr(not(all(feature = "audit", target_os = "linux")), allow(dead_code))]
 impl Exporter {
     /// Whether a connection with these ends may be its own.
     pub(crate) fn has(&self, local: SocketAddr, peer: SocketAddr) -> bool {
@@ -118,7 +121,7 @@ impl Recorder {
             close_watch: OnceLock::new(),
             exporters: Mutex::default(),
         }));
-        #[cfg(feature = "audit")]
+        #[cfg(all(feature = "audit", target_os = "linux"))]
         {
             let mut all = lock(&ALL);
             all.retain(|recorder| recorder.strong_count() > 0);
@@ -128,7 +131,7 @@ impl Recorder {
     }
 
     /// Every recorder of the process that is still there.
-    #[cfg(feature = "audit")]
+    #[cfg(all(feature = "audit", target_os = "linux"))]
     pub(crate) fn all() -> Vec<Self> {
         let all = lock(&ALL);
         all.iter().filter_map(Weak::upgrade).map(Self).collect()
@@ -140,7 +143,7 @@ impl Recorder {
         lock(&self.0.exporters).push(exporter);
     }
 
-    #[cfg(feature = "audit")]
+    #[cfg(all(feature = "audit", target_os = "linux"))]
     pub(crate) fn exporters(&self) -> Vec<Exporter> {
         lock(&self.0.exporters).clone()
     }

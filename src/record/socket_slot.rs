@@ -53,7 +53,7 @@ impl SocketSlot {
 
     /// What tells the socket from every other; none where `tcp_info` would have no answer. One system
     /// call under the lock.
-    #[cfg_attr(not(feature = "audit"), allow(dead_code))]
+    #[cfg_attr(not(all(feature = "audit", target_os = "linux")), allow(dead_code))]
     pub(crate) fn cookie(&self) -> Option<NonZeroU64> {
         let slot = lock(&self.0);
         let socket = slot.as_ref()?;
