@@ -175,7 +175,8 @@ impl Conntrack {
     /// no finding; a stock client's close may be known that late. In async code call it by
     /// `tokio::task::spawn_blocking`.
     ///
-    /// It needs no privileges, touches no connection, and sees the network namespace of its thread.
+    /// It needs no privileges, touches no connection, and sees the network namespace of its thread. To see
+    /// that the table shows this process at all, it listens on a loopback port of its own meanwhile.
     /// Connections of other `Conntrack`s of the process are tracked; those of telemetry exporters are
     /// marked where [`init`](crate::Builder::init) made them. An application's own exporters, in library
     /// mode, are connections that nobody tracks.
