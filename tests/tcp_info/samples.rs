@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use otel_conntrack::{ConnectionRecord, Conntrack, ReqwestBuilderExt, TrackedIo, names};
+use otel_conntrack::{
+    CloseWatchSource, ConnectionRecord, Conntrack, ReqwestBuilderExt, TrackedIo, names,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -180,6 +182,12 @@ async fn what_a_stock_client_sent_again_is_counted_at_the_close() {
     heal(&peer);
     let mut head = vec![0; 64];
     peer.read_exact(&mut head).await.unwrap();
+    // Until its notices are heard the end may be found by a look, which has less to tell.
+    until("the kernel is heard", || {
+        let watch = conntrack.stats().close_watch;
+        watch.is_some_and(|watch| watch.source == CloseWatchSource::Kernel)
+    })
+    .await;
     peer.write_all(b"HTTP/1.1 204 No Content\r\nconnection: close\r\n\r\n")
         .await
         .unwrap();
