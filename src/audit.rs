@@ -79,8 +79,9 @@ reasons! {
 reasons! {
     /// Whose an untracked connection is most likely.
     LikelyOwner {
-        /// Telemetry's own, which is never tracked: it is served by the Prometheus endpoint of
-        /// [`Builder::init`](crate::Builder::init), or goes to the port of its OTLP endpoint.
+        /// Telemetry's own, which is never tracked: it was accepted by the Prometheus endpoint of
+        /// [`Builder::init`](crate::Builder::init) or by the live page, or goes to the port of the OTLP
+        /// endpoint.
         Exporter => "exporter",
         /// An attempt's that is under way to that port or address: its record has no ends yet.
         Attempt => "attempt",
@@ -178,8 +179,8 @@ impl Conntrack {
     /// It needs no privileges, touches no connection, and sees the network namespace of its thread. To see
     /// that the table shows this process at all, it listens on a loopback port of its own meanwhile.
     /// Connections of other `Conntrack`s of the process are tracked; those of telemetry exporters are
-    /// marked where [`init`](crate::Builder::init) made them. An application's own exporters, in library
-    /// mode, are connections that nobody tracks.
+    /// marked where [`init`](crate::Builder::init) made them, and so are the live page's. An application's own
+    /// exporters, in library mode, are connections that nobody tracks.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -30,6 +30,8 @@ const LONGEST_HISTORY: usize = 1_000_000;
 pub struct Builder {
     observers: Vec<Arc<dyn Observer>>,
     history: usize,
+    #[cfg(feature = "inspect")]
+    inspect: Option<crate::inspect::config::Inspect>,
     #[cfg(feature = "stock")]
     pub(crate) stock: crate::stock::pool_events::PoolEventsConfig,
     #[cfg(feature = "otel")]
@@ -67,6 +69,8 @@ impl Builder {
         Self {
             observers: Vec::new(),
             history: HISTORY,
+            #[cfg(feature = "inspect")]
+            inspect: None,
             #[cfg(feature = "stock")]
             stock: Default::default(),
             #[cfg(feature = "otel")]
@@ -91,6 +95,28 @@ impl Builder {
     /// [`Conntrack::recently_closed`]. Default 256, about 1 KiB each; 0 for none, a million at most.
     pub const fn history(mut self, connections: usize) -> Self {
         self.history = connections;
+        self
+    }
+
+    /// Serves the live page at this address, on a thread of its own: every connection, pool and listener,
+    /// as HTML, as JSON, and as text for curl. Default: nowhere. It ends with the last clone of the
+    /// [`Conntrack`].
+    ///
+    /// The address has to be a loopback one, and actions are off, unless an
+    /// [`Inspect`](crate::Inspect) says otherwise.
+    /// [`Conntrack::inspect_router`] has the paths, for an axum application that serves it itself.
+    ///
+    /// ```
+    /// use otel_conntrack::Conntrack;
+    ///
+    /// // `curl localhost:6060/connections`, or a browser; port 0 is any free one.
+    /// let conntrack = Conntrack::builder().inspect("127.0.0.1:0").build()?;
+    /// println!("http://{}/", conntrack.inspect_addr().unwrap());
+    /// # Ok::<(), otel_conntrack::ConfigError>(())
+    /// ```
+    #[cfg(feature = "inspect")]
+    pub fn inspect(mut self, page: impl Into<crate::Inspect>) -> Self {
+        self.inspect = Some(page.into());
         self
     }
 
@@ -212,6 +238,26 @@ impl Builder {
         #[cfg(feature = "stock")]
         self.stock.check()?;
         let recorder = Recorder::new(Composed::new(self.observers), self.history, drops);
+        #[cfg(feature = "inspect")]
+        let page = self
+            .inspect
+            .map(|page| {
+                let serving = crate::inspect::server::Serving::start(&recorder, &page)?;
+                serving.map(Arc::new).ok_or_else(|| {
+                    ConfigError::new(
+                        "inspect",
+                        "no address",
+                        "begin with `Inspect::at(\"127.0.0.1:6060\")`, or mount \
+                         `Conntrack::inspect_router_with`",
+                    )
+                })
+            })
+            .transpose()?;
+        #[cfg(feature = "inspect")]
+        if let Some(page) = &page {
+            let exporter = crate::record::recorder::Exporter::Serves(page.address());
+            recorder.add_exporter(exporter);
+        }
         #[cfg(feature = "stock")]
         let stock = Arc::new(crate::stock::pool::Slot {
             config: self.stock,
@@ -226,6 +272,8 @@ impl Builder {
                     _keep: Arc::new(attached.clock),
                     #[cfg(feature = "stock")]
                     stock,
+                    #[cfg(feature = "inspect")]
+                    page,
                 },
                 #[cfg(feature = "otlp")]
                 spans: attached.spans,
@@ -239,6 +287,8 @@ impl Builder {
                     _keep: Arc::new(()),
                     #[cfg(feature = "stock")]
                     stock,
+                    #[cfg(feature = "inspect")]
+                    page,
                 },
             })
         }

@@ -28,6 +28,9 @@ pub struct Conntrack {
     pub(crate) _keep: Arc<dyn std::any::Any + Send + Sync>,
     #[cfg(feature = "stock")]
     pub(crate) stock: Arc<crate::stock::pool::Slot>,
+    /// Its drop ends the live page.
+    #[cfg(feature = "inspect")]
+    pub(crate) page: Option<Arc<crate::inspect::server::Serving>>,
 }
 
 impl Conntrack {
@@ -285,6 +288,13 @@ impl Conntrack {
     /// always true.
     pub fn stats(&self) -> Stats {
         self.recorder.stats()
+    }
+
+    /// Where the live page is served, if [`Builder::inspect`] was given an address: with port 0, the one
+    /// that was free.
+    #[cfg(feature = "inspect")]
+    pub fn inspect_addr(&self) -> Option<std::net::SocketAddr> {
+        self.page.as_ref().map(|page| page.address())
     }
 
     /// Every connection that is open or being set up, by id.

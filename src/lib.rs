@@ -116,6 +116,8 @@ mod exchange;
 mod host;
 #[cfg(feature = "net")]
 mod inbound;
+#[cfg(feature = "inspect")]
+mod inspect;
 mod io;
 #[cfg(any(feature = "transport", feature = "stock"))]
 mod list;
@@ -163,6 +165,8 @@ pub use inbound::tracker::{
     ComposedTrackers, ConnTracker, InboundConnection, SharedTracker, StateStats, StateTracker,
     StatsTracker, TrackerObserver, compose_trackers, tracker_observer, wrap_tracker,
 };
+#[cfg(feature = "inspect")]
+pub use inspect::config::Inspect;
 pub use io::{Endpoints, TrackedIo};
 pub use observer::{ChannelObserver, Composed, EventReceiver, Hooks, Observer, channel, compose};
 #[cfg(feature = "hyper")]

@@ -346,19 +346,7 @@ fn telemetrys_own_connections_are_marked() {
         guard.flush().await.unwrap();
     });
     let scraper = std::net::TcpStream::connect(scraped).unwrap();
-    let served = |audit: &Audit| {
-        let served = untracked(audit, scraped);
-        let served = served.into_iter().find(|it| it.local == scraped);
-        served.map(|it| it.likely)
-    };
-    // The endpoint accepts it when its thread comes to it.
-    let found = loop {
-        let found = guard.audit().unwrap();
-        if served(&found).is_some() {
-            break found;
-        }
-    };
-    assert_eq!(served(&found), Some(Some(LikelyOwner::Exporter)), "{found}");
+    let found = accepts(&guard, scraped);
     let sends = untracked(&found, exported);
     let sends: Vec<_> = sends.iter().filter(|it| it.peer == exported).collect();
     assert!(!sends.is_empty(), "{found}");
@@ -367,6 +355,31 @@ fn telemetrys_own_connections_are_marked() {
     }
     drop(scraper);
     guard.shutdown_blocking().unwrap();
+}
+
+/// Waits until there is a connection that this address has accepted; it is telemetry's own.
+fn accepts(conntrack: &Conntrack, address: SocketAddr) -> Audit {
+    // Accepted when its thread comes to it.
+    loop {
+        let found = conntrack.audit().unwrap();
+        let accepted = untracked(&found, address);
+        let accepted = accepted.iter().find(|it| it.local == address);
+        if let Some(likely) = accepted.map(|it| it.likely) {
+            assert_eq!(likely, Some(LikelyOwner::Exporter), "{found}");
+            return found;
+        }
+    }
+}
+
+#[cfg(feature = "inspect")]
+#[test]
+fn the_live_pages_connections_are_marked() {
+    let builder = Conntrack::builder().inspect("127.0.0.1:0");
+    let conntrack = builder.build().unwrap();
+    let address = conntrack.inspect_addr().unwrap();
+    let viewer = std::net::TcpStream::connect(address).unwrap();
+    accepts(&conntrack, address);
+    drop(viewer);
 }
 
 // === races ===

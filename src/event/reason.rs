@@ -139,6 +139,8 @@ reasons! {
         MaxIdleConnsPerHost => "max_idle_conns_per_host",
         /// It was open for longer than allowed.
         MaxLifetime => "max_lifetime",
+        /// An operator closed it, on the live page.
+        OperatorRequest => "operator_request",
         /// The peer closed it: end of stream.
         PeerClosed => "peer_closed",
         /// One side broke the protocol.
@@ -163,6 +165,19 @@ reasons! {
 impl CloseReason {
     pub(crate) const fn index(self) -> usize {
         self as usize
+    }
+
+    /// Whether it ended by an error, of the network, of the peer or of TLS.
+    pub(crate) const fn is_error(self) -> bool {
+        matches!(
+            self,
+            Self::ConnectionReset
+                | Self::IoError
+                | Self::KeepAliveTimeout
+                | Self::ProtocolError
+                | Self::TimedOut
+                | Self::TlsHandshakeFailed
+        )
     }
 
     /// Who ended it, as far as the reason itself tells.

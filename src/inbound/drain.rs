@@ -14,6 +14,7 @@
 
 use std::fmt;
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -21,7 +22,8 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::event::{ConnectionId, ConnectionState, Endpoint, TraceRef};
+use crate::event::{CloseReason, ConnectionId, ConnectionState, Endpoint, TraceRef};
+use crate::record::drains::Drains;
 use crate::record::{Connection, Scope};
 #[cfg(feature = "server")]
 use {crate::record::lock, std::sync::Mutex, std::task::Waker};
@@ -230,6 +232,22 @@ impl Drop for Inside {
     }
 }
 
+impl Drains for Door {
+    fn scope(&self) -> &Arc<Scope> {
+        &self.scope
+    }
+
+    fn is_draining(&self) -> bool {
+        self.is_closing()
+    }
+
+    fn drain(self: Arc<Self>, deadline: Duration) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(async move {
+            DrainHandle::new(self).drain(deadline).await;
+        })
+    }
+}
+
 /// Drains a listener. From [`Listener::drain_handle`](crate::Listener::drain_handle) or
 /// [`Server::handle`](crate::Server::handle); cheap to clone.
 ///
@@ -323,7 +341,7 @@ impl DrainHandle {
             let now = std::time::Instant::now();
             for connection in door.connections() {
                 stragglers.push(Straggler::of(&connection, now));
-                connection.cut();
+                connection.cut(CloseReason::DrainDeadline);
                 connection.socket.shut_down();
             }
             stragglers.sort_by_key(|straggler| std::cmp::Reverse(straggler.age));

@@ -334,11 +334,15 @@ impl ListenerBuilder {
         for tracker in self.trackers {
             scope.observe(Arc::new(tracker_observer(tracker)));
         }
+        scope.set_max_connections(self.max_connections);
+        let recorder = self.declaration.recorder;
+        let door = Door::new(scope.clone());
+        recorder.listeners().add(&door);
         Ok(Listener {
             _queue: queue(&scope, &listener),
             inner: listener,
-            recorder: self.declaration.recorder,
-            door: Opened(Door::new(scope.clone())),
+            recorder,
+            door: Opened(door),
             scope,
             options: self.options,
             places,

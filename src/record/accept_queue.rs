@@ -106,15 +106,19 @@ mod tests {
     use super::*;
     use crate::event::Direction;
 
-    #[test]
-    fn a_listener_that_is_about_to_go_is_asked_no_more_though_its_socket_is_open() {
-        let scope = Scope::new(
+    fn scope() -> Arc<Scope> {
+        Arc::new(Scope::new(
             Direction::Inbound,
             "http".into(),
             Default::default(),
             Arc::default(),
-        );
-        let scope = Arc::new(scope);
+            Arc::default(),
+        ))
+    }
+
+    #[test]
+    fn a_listener_that_is_about_to_go_is_asked_no_more_though_its_socket_is_open() {
+        let scope = scope();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         assert_eq!(scope.queues().queue(), None);
         let guard = ListenGuard::new(&scope, listener.as_raw_fd());
@@ -130,13 +134,7 @@ mod tests {
 
     #[test]
     fn what_does_not_listen_does_not_count() {
-        let scope = Scope::new(
-            Direction::Inbound,
-            "http".into(),
-            Default::default(),
-            Arc::default(),
-        );
-        let scope = Arc::new(scope);
+        let scope = scope();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let _foreign = ListenGuard::new(&scope, client.as_raw_fd());

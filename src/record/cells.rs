@@ -30,8 +30,9 @@ pub(crate) struct Cell {
     pub(crate) bytes_read: AtomicU64,
     pub(crate) bytes_written: AtomicU64,
     pub(crate) requests: AtomicU64,
-    /// Nanoseconds after the connection's `started` plus one; zero while not idle.
-    pub(crate) idle_since: AtomicU64,
+    /// Since when it is idle, or active where somebody wants to know: nanoseconds after the connection's
+    /// `started` plus one; zero for neither.
+    pub(crate) since: AtomicU64,
     /// Nanoseconds after `started` plus one of an end that is told later; zero for none.
     pub(crate) gone: AtomicU64,
     /// Nanoseconds after `started` of the last checkpoint.
@@ -122,7 +123,7 @@ impl Cells {
         cell.bytes_read.store(0, Ordering::Relaxed);
         cell.bytes_written.store(0, Ordering::Relaxed);
         cell.requests.store(0, Ordering::Relaxed);
-        cell.idle_since.store(0, Ordering::Relaxed);
+        cell.since.store(0, Ordering::Relaxed);
         cell.gone.store(0, Ordering::Relaxed);
         cell.checkpoint.store(0, Ordering::Relaxed);
         cell.in_flight.store(0, Ordering::Relaxed);
@@ -233,7 +234,7 @@ mod tests {
             let old = taken.swap_remove(round * 7_919 % taken.len());
             old.bytes_read.store(5, Ordering::Relaxed);
             old.requests.store(5, Ordering::Relaxed);
-            old.idle_since.store(5, Ordering::Relaxed);
+            old.since.store(5, Ordering::Relaxed);
             old.gone.store(5, Ordering::Relaxed);
             old.checkpoint.store(5, Ordering::Relaxed);
             old.in_flight.store(5, Ordering::Relaxed);
@@ -243,7 +244,7 @@ mod tests {
             let new = cells.take(1);
             assert_eq!(new.bytes(), (0, 0));
             assert_eq!(new.requests.load(Ordering::Relaxed), 0);
-            assert_eq!(new.idle_since.load(Ordering::Relaxed), 0);
+            assert_eq!(new.since.load(Ordering::Relaxed), 0);
             assert_eq!(new.gone.load(Ordering::Relaxed), 0);
             assert_eq!(new.checkpoint.load(Ordering::Relaxed), 0);
             assert_eq!(new.in_flight.load(Ordering::Relaxed), 0);

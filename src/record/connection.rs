@@ -21,10 +21,14 @@ use crate::record::socket_slot::SocketSlot;
 use crate::record::states::{Changes, Facts, Input, States};
 use crate::record::stats::ConnectionSnapshot;
 use crate::record::timeline::{Moment, Timeline};
+use crate::record::times;
 use crate::record::{Scope, lock};
 
 /// How many phases of one set-up are kept: a name with more addresses than that is cut off.
 const PHASES: usize = 32;
+
+/// How many served requests are kept, of those with a trace.
+const SERVING: usize = 32;
 
 /// The initiator's place in [`Connection::close_hint`], above the reason.
 const REMOTE: u8 = 0x80;
@@ -71,12 +75,22 @@ struct Aside {
     pill: Mutex<Pill>,
     phases: Mutex<Vec<Phase>>,
     timeline: Mutex<Timeline>,
-    /// The trace of the request that is served, and which request it is.
-    serving: Mutex<Option<(u32, TraceRef)>>,
+    /// Requests that are served and have a trace, the latest at the end.
+    serving: Mutex<Vec<Serving>>,
     failed: OnceLock<(FailureReason, Duration)>,
     /// Its addresses as hyper-util says them, which reqwest's responses look for.
     #[cfg(feature = "reqwest-transport")]
     http_info: OnceLock<hyper_util::client::legacy::connect::HttpInfo>,
+}
+
+/// A request that is served.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Serving {
+    /// Which one of the connection's.
+    number: u32,
+    pub(crate) trace: TraceRef,
+    /// When it was known, while somebody wants to know.
+    pub(crate) since: Option<Duration>,
 }
 
 /// How the connection's pool is told to use it no more (hyper-util: *poison*).
@@ -300,10 +314,17 @@ impl Connection {
     }
 
     pub(crate) fn idle_for(&self, now: Duration) -> Option<Duration> {
-        match self.cell.idle_since.load(Relaxed) {
-            0 => None,
-            nanos => Some(now.saturating_sub(Duration::from_nanos(nanos - 1))),
-        }
+        self.state_for(ConnectionState::Idle, now)
+    }
+
+    /// How long it has been active without a break; none where nobody wanted to know.
+    pub(crate) fn active_for(&self, now: Duration) -> Option<Duration> {
+        self.state_for(ConnectionState::Active, now)
+    }
+
+    fn state_for(&self, state: ConnectionState, now: Duration) -> Option<Duration> {
+        let since = self.cell.since.load(Relaxed).checked_sub(1)?;
+        (self.state() == state).then(|| now.saturating_sub(Duration::from_nanos(since)))
     }
 
     /// What the kernel says now; none without a TCP socket that is open and ours to ask.
@@ -347,6 +368,7 @@ impl Connection {
                 } else {
                     self.idle_for(now)
                 },
+                active_for: self.active_for(now).filter(|_| closed.is_none()),
                 requests: self.requests(),
                 in_flight: self.cell.in_flight.load(Relaxed),
                 bytes_read,
@@ -521,14 +543,13 @@ impl Connection {
     pub(crate) fn opened(&self, to: ConnectionState, established: Option<Duration>) {
         self.scope.transition(|t| {
             if to == ConnectionState::Idle {
-                self.cell
-                    .idle_since
-                    .store(self.nanos(self.elapsed()), Relaxed);
+                self.cell.since.store(self.nanos(self.elapsed()), Relaxed);
             }
             let counts = t.counts();
-            if established.is_some() {
+            if let Some(took) = established {
                 counts.connecting -= 1;
                 counts.established += 1;
+                counts.setups.add(&times::SETUP, took);
             } else {
                 counts.accepted += 1;
             }
@@ -582,6 +603,7 @@ impl Connection {
             let counts = t.counts();
             counts.connecting -= 1;
             counts.failed[reason.index()] += 1;
+            t.error();
             self.state.store(ConnectionState::Closed as u8, Relaxed);
             t.emit(
                 Some(self),
@@ -605,7 +627,7 @@ impl Connection {
             let found = Acquired {
                 reused: number > 1,
                 was_idle: self.state() == ConnectionState::Idle,
-                idle_since: self.cell.idle_since.load(Relaxed),
+                idle_since: self.cell.since.load(Relaxed),
             };
             (found, self.step(Input::Call { http2, last }))
         })
@@ -636,25 +658,40 @@ impl Connection {
 
     /// This request is served now. What is given back tells it from those that ran before.
     pub(crate) fn serves(&self, trace: TraceRef) -> u32 {
-        let request = self.requests() as u32;
-        *lock(&self.aside().serving) = Some((request, trace));
-        request
+        let number = self.requests() as u32;
+        let since = self.scope.watched().then(|| self.elapsed());
+        let mut serving = lock(&self.aside().serving);
+        // Those that nobody took back, and what is more than a page shows.
+        let others = (self.in_flight() as usize).clamp(1, SERVING) - 1;
+        let excess = serving.len().saturating_sub(others);
+        serving.drain(..excess);
+        serving.push(Serving {
+            number,
+            trace,
+            since,
+        });
+        number
     }
 
     /// It is not any more; a later one stays.
     pub(crate) fn served(&self, request: u32) {
         if let Some(aside) = self.aside.get() {
-            let mut serving = lock(&aside.serving);
-            if serving.is_some_and(|(now, _)| now == request) {
-                *serving = None;
-            }
+            lock(&aside.serving).retain(|serving| serving.number != request);
         }
     }
 
     /// The trace of the latest request that is served, where it has one.
     pub(crate) fn serving(&self) -> Option<TraceRef> {
-        let serving = *lock(&self.aside.get()?.serving);
-        serving.map(|(_, trace)| trace)
+        lock(&self.aside.get()?.serving)
+            .last()
+            .map(|serving| serving.trace)
+    }
+
+    /// Requests that are served and have a trace, the earliest first; at most 32 of them.
+    #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
+    pub(crate) fn all_serving(&self) -> Vec<Serving> {
+        let aside = self.aside.get().filter(|_| self.in_flight() > 0);
+        aside.map_or_else(Vec::new, |aside| lock(&aside.serving).clone())
     }
 
     /// A server speaks HTTP on it, so its bytes and flushes are shown to us. Before it is used.
@@ -738,11 +775,12 @@ impl Connection {
         self.cell.in_flight.store(states.running, Relaxed);
         self.facts.store(states.facts.0, Relaxed);
         if changes[0].is_some() {
-            let idle_since = match states.state {
+            let since = match states.state {
                 ConnectionState::Idle => self.nanos(self.elapsed()),
+                ConnectionState::Active if self.scope.watched() => self.nanos(self.elapsed()),
                 _ => 0,
             };
-            self.cell.idle_since.store(idle_since, Relaxed);
+            self.cell.since.store(since, Relaxed);
         }
         changes
     }
@@ -808,12 +846,11 @@ impl Connection {
         let _ = self.close_hint.compare_exchange(0, value, Relaxed, Relaxed);
     }
 
-    /// It is ended now, by the deadline of a drain. That overrules why it was asked to end before: it
-    /// did not.
-    #[cfg(feature = "net")]
-    pub(crate) fn cut(&self) {
-        use CloseReason::{DrainDeadline, Goaway, IdleTimeout, MaxLifetime, Shutdown};
-        let reason = DrainDeadline;
+    /// It is ended now, by the deadline of a drain or an operator. That overrules why it was asked to end
+    /// before: it did not.
+    #[cfg(any(feature = "net", feature = "inspect"))]
+    pub(crate) fn cut(&self, reason: CloseReason) {
+        use CloseReason::{Goaway, IdleTimeout, MaxLifetime, Shutdown};
         let _ = self
             .close_hint
             .fetch_update(Relaxed, Relaxed, |hint| match hint_of(hint) {
@@ -863,6 +900,10 @@ impl Connection {
             let counts = t.counts();
             counts.open -= 1;
             counts.closed[reason.index()] += 1;
+            counts.lives.add(&times::LIFE, self.age_at(at));
+            if reason.is_error() {
+                t.error();
+            }
             *t.open(self.host_slot) -= 1;
             t.emit(
                 Some(self),

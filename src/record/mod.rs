@@ -27,6 +27,7 @@
         unix,
         feature = "net",
         feature = "hyper",
+        feature = "inspect",
         feature = "server",
         feature = "tls",
         feature = "otlp"
@@ -38,6 +39,7 @@ pub(crate) mod accept_queue;
 pub(crate) mod cells;
 pub(crate) mod close_watch;
 pub(crate) mod connection;
+pub(crate) mod drains;
 pub(crate) mod handle;
 pub(crate) mod outbox;
 pub(crate) mod pool;
@@ -48,6 +50,7 @@ pub(crate) mod states;
 pub(crate) mod stats;
 pub(crate) mod tcp_info;
 pub(crate) mod timeline;
+pub(crate) mod times;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -4,6 +4,7 @@
 //! is to count; `registry` keeps the pools for the sinks.
 
 mod kind;
+pub(crate) mod look;
 mod registry;
 
 use std::any::Any;
@@ -11,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 pub(crate) use self::kind::{HighWater, PoolKind, StockHost, Unheard};
+pub(crate) use self::look::PoolLook;
 pub(crate) use self::registry::Pools;
 use crate::event::{
     CloseReason, FailureReason, GaugeSource, PoolKey, PoolLimit, Target, TraceRef, WaitOutcome,
@@ -359,6 +361,16 @@ impl PoolStats {
         self
     }
 
+    /// What kind of pool it is, in a word.
+    #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
+    pub(crate) const fn kind_name(&self) -> &'static str {
+        match self.kind {
+            PoolKind::Transport => "transport",
+            PoolKind::Stock => "stock",
+            PoolKind::InFlight => "in_flight_limit",
+        }
+    }
+
     /// Every event that this pool can have, with every reason.
     #[cfg_attr(not(feature = "otel"), allow(dead_code))]
     pub(crate) fn rows(&self) -> impl Iterator<Item = (&'static str, Option<&'static str>)> {
@@ -502,6 +514,16 @@ pub(crate) struct Waited<'a> {
 /// A pool, as the record sees it.
 pub(crate) trait PoolSource: Send + Sync {
     fn stats(&self) -> PoolStats;
+
+    /// Who holds what it has, and who waits; none where it does not know.
+    fn look(&self) -> Option<PoolLook> {
+        None
+    }
+
+    /// Closes what is idle; false where it has no way to.
+    fn close_idle(self: Arc<Self>) -> bool {
+        false
+    }
 
     /// What the pool's own observers lost, and how often they panicked.
     fn mishaps(&self) -> [u64; 2];

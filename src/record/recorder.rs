@@ -8,7 +8,7 @@ use std::collections::hash_map::RandomState;
 use std::collections::{BTreeMap, VecDeque};
 use std::hash::{BuildHasher, Hasher};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::time::{Duration, SystemTime};
 
@@ -19,9 +19,11 @@ use crate::event::{
 use crate::observer::{Composed, Observer, shielded};
 use crate::record::close_watch::CloseWatch;
 use crate::record::connection::{Connection, Ends, Phase, PhaseKind};
+use crate::record::drains::Listeners;
 use crate::record::handle::ConnectionGuard;
 use crate::record::pool::{PoolSource, PoolStats, Pools, Unheard, Waited};
 use crate::record::stats::{ConnectionSnapshot, Dropped, Drops, Stats};
+use crate::record::times;
 use crate::record::{Scope, lock};
 
 /// How many names may be learned per direction; declared ones are not bounded, they are code.
@@ -97,7 +99,9 @@ struct Inner {
     history: Mutex<VecDeque<Arc<Connection>>>,
     history_size: usize,
     drops: Arc<Drops>,
+    watched: Arc<AtomicBool>,
     pools: Mutex<Pools>,
+    listeners: Listeners,
     close_watch: OnceLock<Arc<dyn CloseWatch>>,
     exporters: Mutex<Vec<Exporter>>,
 }
@@ -117,7 +121,9 @@ impl Recorder {
             history: Mutex::default(),
             history_size,
             drops,
+            watched: Arc::default(),
             pools: Mutex::default(),
+            listeners: Listeners::default(),
             close_watch: OnceLock::new(),
             exporters: Mutex::default(),
         }));
@@ -138,7 +144,7 @@ impl Recorder {
     }
 
     /// An exporter of this `Conntrack` has connections, which are not to be tracked.
-    #[cfg_attr(not(feature = "otlp"), allow(dead_code))]
+    #[cfg_attr(not(any(feature = "otlp", feature = "inspect")), allow(dead_code))]
     pub(crate) fn add_exporter(&self, exporter: Exporter) {
         lock(&self.0.exporters).push(exporter);
     }
@@ -164,6 +170,18 @@ impl Recorder {
     /// 0 for the first `Conntrack` of the process, and so on: the same after each restart.
     pub(crate) fn ordinal(&self) -> u32 {
         self.0.ordinal
+    }
+
+    /// From now on somebody looks at each connection: see [`Scope::watched`].
+    #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
+    pub(crate) fn watch(&self) {
+        self.0.watched.store(true, Relaxed);
+    }
+
+    /// The part of connection ids that tells this one from others.
+    #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
+    pub(crate) fn instance(&self) -> u32 {
+        self.0.instance
     }
 
     pub(crate) fn drops(&self) -> &Arc<Drops> {
@@ -210,6 +228,7 @@ impl Recorder {
             name.into(),
             observers,
             drops,
+            self.0.watched.clone(),
         ))
     }
 
@@ -233,7 +252,8 @@ impl Recorder {
             .entry((direction, name.clone()))
             .or_insert_with(|| {
                 let (observers, drops) = (self.0.observers.clone(), self.0.drops.clone());
-                Arc::new(Scope::new(direction, name, observers, drops))
+                let watched = self.0.watched.clone();
+                Arc::new(Scope::new(direction, name, observers, drops, watched))
             })
             .clone()
     }
@@ -350,6 +370,7 @@ impl Recorder {
     pub(crate) fn accept_error(&self, scope: &Scope, reason: AcceptErrorReason) {
         scope.transition(|t| {
             t.counts().accept_errors[reason.index()] += 1;
+            t.error();
             t.emit(None, SystemTime::now, || ConnectionEventKind::AcceptError {
                 reason,
             });
@@ -396,6 +417,12 @@ impl Recorder {
     /// A request's wait for a connection is over.
     pub(crate) fn waited(&self, waited: &Waited<'_>) {
         self.to_sinks(|sink| sink.waited(waited));
+    }
+
+    /// The listeners that there are.
+    #[cfg_attr(not(feature = "net"), allow(dead_code))]
+    pub(crate) fn listeners(&self) -> &Listeners {
+        &self.0.listeners
     }
 
     /// A pool begins.
@@ -447,6 +474,12 @@ impl Recorder {
     #[cfg_attr(not(feature = "stock"), allow(dead_code))]
     pub(crate) fn observers(&self) -> &Composed {
         &self.0.observers
+    }
+
+    /// The pools that there are.
+    #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
+    pub(crate) fn live_pools(&self) -> Vec<Arc<dyn PoolSource>> {
+        lock(&self.0.pools).live()
     }
 
     fn pools(&self) -> Vec<PoolStats> {
@@ -532,11 +565,26 @@ impl Recorder {
         dropped
     }
 
+    /// The connection with this id, if it is not closed, or else is remembered.
+    #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
+    pub(crate) fn find_connection(&self, id: ConnectionId) -> Option<Arc<Connection>> {
+        if id.instance != self.0.instance {
+            return None;
+        }
+        let live = self.scopes().iter().find_map(|scope| scope.find(id));
+        live.or_else(|| {
+            let history = lock(&self.0.history);
+            let mut newest_first = history.iter().rev();
+            newest_first.find(|connection| connection.id == id).cloned()
+        })
+    }
+
     pub(crate) fn live(&self) -> Vec<Arc<Connection>> {
-        self.scopes()
-            .iter()
-            .flat_map(|scope| scope.live())
-            .collect()
+        let scopes = self.scopes();
+        let mut live: Vec<_> = scopes.iter().flat_map(|scope| scope.live()).collect();
+        // Each scope's are in order already.
+        live.sort_by_key(|connection| connection.id);
+        live
     }
 
     /// Of these the first by id, after this one; and the last that was looked at, if there were any. One
@@ -773,6 +821,12 @@ impl Handshake {
             };
             connection.hint(CloseReason::TlsHandshakeFailed, initiator);
             connection.set_failed(reason, connection.elapsed());
+        }
+        if outcome.is_ok() {
+            let took = connection.elapsed();
+            connection
+                .scope
+                .transition(|t| t.counts().setups.add(&times::SETUP, took));
         }
         let phases = connection.take_phases();
         self.recorder

@@ -15,9 +15,9 @@
 //! recursion.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use tokio::sync::Notify;
 
@@ -30,6 +30,7 @@ use crate::record::accept_queue::Queues;
 use crate::record::cells::{Cells, Moved};
 use crate::record::outbox::Outbox;
 use crate::record::stats::{Drops, HostStats, ScopeStats};
+use crate::record::times::{self, Buckets, Recent};
 use crate::record::{Connection, lock};
 
 /// How many hosts get a label set of their own per name; the rest is summed in `_other`.
@@ -75,6 +76,11 @@ pub(crate) struct Scope {
     /// Those of this scope alone; they come after the others.
     trackers: RwLock<Composed>,
     drops: Arc<Drops>,
+    /// Somebody looks at each connection, on the live page.
+    watched: Arc<AtomicBool>,
+    /// The most connections that a listener may have; zero for no limit.
+    max_connections: AtomicU64,
+    born: Instant,
 }
 
 /// Counts and gauges of a scope; changed only in a transition.
@@ -90,6 +96,9 @@ pub(crate) struct Counts {
     pub(crate) closed: [u64; CloseReason::COUNT],
     pub(crate) connecting: u64,
     pub(crate) open: u64,
+    /// Of outbound connections that were established, and of TLS on accepted ones.
+    pub(crate) setups: Buckets<{ times::SETUP.len() }>,
+    pub(crate) lives: Buckets<{ times::LIFE.len() }>,
 }
 
 /// Connections of one host by protocol version: `[active, idle]`.
@@ -103,6 +112,7 @@ struct State {
     /// The slots of `_other`: what is HTTP and what isn't, on either layer, is summed apart.
     others: HashMap<(bool, IoLayer), HostSlot>,
     pending: Outbox<ConnectionEvent>,
+    errors: Recent,
 }
 
 /// One host's place in a scope.
@@ -205,6 +215,7 @@ impl Scope {
         name: Arc<str>,
         observers: Composed,
         drops: Arc<Drops>,
+        watched: Arc<AtomicBool>,
     ) -> Self {
         static ORDINAL: AtomicU32 = AtomicU32::new(0);
         Self {
@@ -219,6 +230,7 @@ impl Scope {
                 index: HashMap::new(),
                 others: HashMap::new(),
                 pending: Outbox::new(),
+                errors: Recent::default(),
             }),
             shards: (0..SHARDS).map(|_| Padded::default()).collect(),
             orphans: AtomicU64::new(0),
@@ -228,6 +240,9 @@ impl Scope {
             observers,
             trackers: RwLock::default(),
             drops,
+            watched,
+            max_connections: AtomicU64::new(0),
+            born: Instant::now(),
         }
     }
 
@@ -294,6 +309,23 @@ impl Scope {
 
     pub(crate) fn tcp_seen(&self) -> bool {
         self.switches.load(Ordering::Relaxed) & TCP_SEEN != 0
+    }
+
+    /// Somebody looks at each connection, so what costs a little more is kept, too: since when it is
+    /// active.
+    pub(crate) fn watched(&self) -> bool {
+        self.watched.load(Ordering::Relaxed)
+    }
+
+    /// A listener of this name may have so many connections. Of several the last one's stands.
+    #[cfg_attr(not(feature = "net"), allow(dead_code))]
+    pub(crate) fn set_max_connections(&self, limit: Option<usize>) {
+        self.max_connections
+            .store(limit.unwrap_or(0) as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn max_connections(&self) -> Option<u64> {
+        Some(self.max_connections.load(Ordering::Relaxed)).filter(|limit| *limit > 0)
     }
 
     /// Once on it stays on: each connection asks for it, and all but the first only read.
@@ -480,6 +512,22 @@ impl Scope {
         }
     }
 
+    /// Looks at every connection of this scope that is not closed, in no order: some at a time, so that
+    /// no lock is held for long.
+    #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
+    pub(crate) fn each_connection(&self, mut look: impl FnMut(&Arc<Connection>)) {
+        const AT_A_TIME: usize = 128;
+        for shard in &self.shards {
+            let ids: Vec<u64> = lock(&shard.0).live.keys().copied().collect();
+            for ids in ids.chunks(AT_A_TIME) {
+                let shard = lock(&shard.0);
+                ids.iter()
+                    .filter_map(|id| shard.live.get(id))
+                    .for_each(&mut look);
+            }
+        }
+    }
+
     /// Every connection of this scope that is not closed, by id.
     pub(crate) fn live(&self) -> Vec<Arc<Connection>> {
         let mut live = Vec::new();
@@ -506,6 +554,7 @@ impl Scope {
             self,
             state.sequence,
             &state.counts,
+            state.errors.counts(self.born.elapsed()),
             state.hosts.iter().enumerate().map(|(slot, host)| {
                 let folded = is_folded(slot as HostSlot);
                 HostStats::new(
@@ -571,6 +620,11 @@ pub(crate) struct Transition<'a> {
 impl Transition<'_> {
     pub(crate) fn counts(&mut self) -> &mut Counts {
         &mut self.state.counts
+    }
+
+    /// Something failed, now.
+    pub(crate) fn error(&mut self) {
+        self.state.errors.add(self.scope.born.elapsed());
     }
 
     /// How many connections of this host are open.

@@ -71,6 +71,13 @@ impl SocketSlot {
         }
     }
 
+    /// Whether [`shut_down`](Self::shut_down) would do anything.
+    #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
+    pub(crate) fn can_shut_down(&self) -> bool {
+        let slot = lock(&self.0);
+        slot.as_ref().is_some_and(|socket| socket.cookie.is_none())
+    }
+
     fn check_from_now_on(&self) {
         let mut slot = lock(&self.0);
         if let Some(socket) = &mut *slot

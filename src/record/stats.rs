@@ -16,6 +16,7 @@ use crate::record::close_watch::CloseWatchStats;
 use crate::record::pool::PoolStats;
 use crate::record::scope::{Counts, States};
 use crate::record::timeline::TimelineEntry;
+use crate::record::times;
 
 /// What this crate counts of itself: everything bounded that overflowed.
 ///
@@ -199,6 +200,18 @@ pub struct ScopeStats {
     /// How often a listener's `max_connections` was reached: once for each time that it had to wait
     /// for a place, and once for each connection that it turned away.
     pub limit_hits: u64,
+    /// A listener's `max_connections`, if it has one; of several listeners of the name, the last one's.
+    pub max_connections: Option<u64>,
+    /// How long set-up took, of outbound connections that were established and of TLS handshakes on
+    /// accepted ones: where the bucket begins, and how many are in it and in no later one. x/net/trace:
+    /// the latencies of `/debug/requests`.
+    pub setup_durations: Vec<(Duration, u64)>,
+    /// How long closed connections had been usable, likewise. x/net/trace: the ages of `/debug/events`.
+    pub lifetimes: Vec<(Duration, u64)>,
+    /// Errors of the last 10 s, 1 min, 10 min, 1 h and 10 h, to a tenth of each: failed set-ups, failed
+    /// accepts, and connections that ended by an error of the network, of the protocol or of TLS. Not
+    /// part of what the sequence number vouches for. x/net/trace: `errs<10s`, ...
+    pub recent_errors: Vec<(Duration, u64)>,
     /// Connections closed, by reason; zeros included.
     pub closed: Vec<(CloseReason, u64)>,
     /// Requests seen on this scope's connections.
@@ -277,6 +290,7 @@ impl ScopeStats {
         scope: &Scope,
         sequence: u64,
         counts: &Counts,
+        recent_errors: Vec<(Duration, u64)>,
         hosts: impl Iterator<Item = HostStats>,
     ) -> Self {
         fn by<R: Copy>(all: &[R], counts: &[u64]) -> Vec<(R, u64)> {
@@ -294,6 +308,10 @@ impl ScopeStats {
             accept_errors: by(AcceptErrorReason::ALL, &counts.accept_errors),
             rejected: by(RejectReason::ALL, &counts.rejected),
             limit_hits: counts.limit_hits,
+            max_connections: scope.max_connections(),
+            setup_durations: counts.setups.with(&times::SETUP),
+            lifetimes: counts.lives.with(&times::LIFE),
+            recent_errors,
             closed: by(CloseReason::ALL, &counts.closed),
             requests: 0,
             connecting: counts.connecting,
@@ -362,6 +380,14 @@ impl ScopeStats {
         self.closed.iter().map(|(_, n)| n).sum()
     }
 
+    /// Everything that is in [`recent_errors`](Self::recent_errors) for a while: failed set-ups, failed
+    /// accepts, and connections that ended by an error.
+    pub fn errors(&self) -> u64 {
+        let accepts: u64 = self.accept_errors.iter().map(|(_, n)| n).sum();
+        let ends = self.closed.iter().filter(|(reason, _)| reason.is_error());
+        self.failed_total() + accepts + ends.map(|(_, n)| n).sum::<u64>()
+    }
+
     /// Failed accepts with this reason.
     pub fn accept_errors(&self, reason: AcceptErrorReason) -> u64 {
         self.accept_errors[reason.index()].1
@@ -426,6 +452,9 @@ pub struct ConnectionSnapshot {
     pub age: Option<Duration>,
     /// How long it has been idle; none if it isn't.
     pub idle_for: Option<Duration>,
+    /// How long it has been active without a break; none if it isn't, and where no live page was there
+    /// to ask for it when it became active.
+    pub active_for: Option<Duration>,
     /// The requests that we saw on it, those running included.
     pub requests: u64,
     /// The requests running on it now.

@@ -6,7 +6,7 @@
 //! clock, no lock and no runtime in here, so it is tested by simulation and against a naive model.
 //!
 //! Inputs and readings are here; [`waiting`] has what happens to requests that wait, [`conns`] what
-//! happens to connections, [`telling`] counts and tells.
+//! happens to connections, [`telling`] counts and tells, [`look`] shows who holds and who waits.
 //!
 //! The semantics are those of Go's `http.Transport`:
 //!
@@ -28,6 +28,8 @@
 //! that touch each of a key's waiters because something happened to all of them.
 
 mod conns;
+#[cfg(feature = "inspect")]
+mod look;
 mod telling;
 #[cfg(test)]
 mod tests;
@@ -249,12 +251,22 @@ struct Conn {
     since: Duration,
     idle_since: Now,
     expires: Option<Duration>,
-    holders: SmallVec<[(RequestId, Option<TraceRef>, bool); 1]>,
+    holders: SmallVec<[Holder; 1]>,
     /// In its key's list of idle or of active connections.
     of_key: Link,
     /// In the list of all idle ones.
     of_idle: Link,
     of_open: Link,
+}
+
+/// A request that has a connection.
+#[derive(Clone, Copy)]
+struct Holder {
+    request: RequestId,
+    trace: Option<TraceRef>,
+    told: bool,
+    #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
+    since: Duration,
 }
 
 struct Waiter {
@@ -477,15 +489,10 @@ impl Pool {
         let Some(c) = self.conn(conn).filter(|c| !c.hijacked) else {
             return;
         };
-        let Some(holder) = c.holders.iter().position(|(r, ..)| *r == request) else {
+        let Some(holder) = c.holders.iter().position(|h| h.request == request) else {
             return;
         };
-        let (_, trace, told) = c.holders.swap_remove(holder);
-        let who = Who {
-            request: Some(request),
-            trace,
-            told,
-        };
+        let who = Who::holding(&c.holders.swap_remove(holder));
         c.streams -= 1;
         let (key, id, state) = (c.key, c.id, c.state);
         match back {
@@ -627,13 +634,9 @@ impl Pool {
         c.retired.get_or_insert(reason);
         if hijacked {
             c.streams = 0;
-            for (request, trace, told) in std::mem::take(&mut c.holders) {
+            for holder in std::mem::take(&mut c.holders) {
                 self.hosts[self.keys[key as usize].host as usize].in_use -= 1;
-                let who = Who {
-                    request: Some(request),
-                    trace,
-                    told,
-                };
+                let who = Who::holding(&holder);
                 self.emit(key, Some(id), who, now, Row::put(Some(reason)), || {
                     PoolEventKind::PutIdleConn {
                         reason: Some(reason),
@@ -828,6 +831,14 @@ impl Who {
             request: Some(request),
             trace: asker.trace,
             told: asker.told,
+        }
+    }
+
+    const fn holding(holder: &Holder) -> Self {
+        Self {
+            request: Some(holder.request),
+            trace: holder.trace,
+            told: holder.told,
         }
     }
 }

@@ -847,6 +847,17 @@ impl PoolSource for Shell {
         )
     }
 
+    #[cfg(feature = "inspect")]
+    fn look(&self) -> Option<crate::record::pool::PoolLook> {
+        let now = self.now();
+        Some(self.lock().pool.look(now))
+    }
+
+    fn close_idle(self: Arc<Self>) -> bool {
+        Self::close_idle(&self);
+        true
+    }
+
     fn mishaps(&self) -> [u64; 2] {
         [self.own.lost(), self.own.panics()]
     }

@@ -20,7 +20,8 @@ use crate::event::{
     RequestId, TraceRef, WaitOutcome,
 };
 use crate::list::{Link, List};
-use crate::record::pool::{HOLDERS, HostCounts, LimitHit, Now, Row, Wait, WaitReason};
+use crate::record::pool::look::{HolderLook, KeyLook, LOOK_AT, WaiterLook};
+use crate::record::pool::{HOLDERS, HostCounts, LimitHit, Now, PoolLook, Row, Wait, WaitReason};
 
 /// Hosts that have nothing are forgotten where more than these are known: most are asked for again.
 const KEPT: usize = 200;
@@ -60,6 +61,8 @@ pub(super) struct Asker {
     pub(super) trace: Option<TraceRef>,
     /// Its span records: what it waited for is worth keeping.
     pub(super) recording: bool,
+    /// Somebody may ask how long it holds its place.
+    pub(super) watched: bool,
     /// The shell's own number, given back when it is admitted.
     pub(super) token: usize,
 }
@@ -197,7 +200,7 @@ impl Machine {
         if h.holders.len() < self.limits.in_flight {
             self.resting
                 .remove(&mut self.hosts, host, |h| &mut h.of_resting);
-            let since = if self.observed {
+            let since = if self.observed || asker.watched {
                 clock().mono
             } else {
                 Duration::ZERO
@@ -412,6 +415,60 @@ impl Machine {
             waiting,
             held_by,
         })
+    }
+
+    /// Who holds places, and who waits, for people.
+    pub(super) fn look(&mut self, now: Now) -> PoolLook {
+        let hosts: Vec<_> = self
+            .hosts
+            .iter()
+            .filter(|(_, h)| !h.of_resting.is_on())
+            .map(|(at, h)| {
+                let first = h.waiting.front().map(|first| &self.waiters[first as usize]);
+                let wait = first.map(|waiter| now.mono.saturating_sub(waiter.since.mono));
+                (at as u32, wait, h.holders.len())
+            })
+            .collect();
+        PoolLook::new(hosts.into_iter(), |host| self.look_at(host, now))
+    }
+
+    fn look_at(&mut self, host: u32, now: Now) -> KeyLook {
+        let h = &self.hosts[host as usize];
+        let (held, waiting) = (h.holders, h.waiting);
+        let (mut holders, mut next) = (Vec::new(), held.front());
+        while let Some(at) = next.filter(|_| holders.len() < LOOK_AT) {
+            next = List::after(&mut self.holders, at, |p| &mut p.of_host);
+            let holder = &self.holders[at as usize];
+            let since = Some(holder.since).filter(|since| !since.is_zero());
+            holders.push(HolderLook {
+                request: holder.request,
+                connection: None,
+                held_for: since.map(|since| now.mono.saturating_sub(since)),
+                trace: holder.trace,
+            });
+        }
+        let (mut waiters, mut next) = (Vec::new(), waiting.front());
+        while let Some(at) = next.filter(|_| waiters.len() < LOOK_AT) {
+            next = List::after(&mut self.waiters, at, |w| &mut w.of_host);
+            let waiter = &self.waiters[at as usize];
+            waiters.push(WaiterLook {
+                request: waiter.request,
+                waited: now.mono.saturating_sub(waiter.since.mono),
+                why: WaitReason::MaxConnsPerHost,
+                dials: false,
+                trace: waiter.asker.trace,
+            });
+        }
+        KeyLook {
+            key: self.hosts[host as usize].key.clone(),
+            active: 0,
+            idle: 0,
+            dialing: 0,
+            holders_omitted: held.len() - holders.len(),
+            holders,
+            waiters_omitted: waiting.len() - waiters.len(),
+            waiters,
+        }
     }
 
     fn snapshot_if_due(&mut self, host: u32, now: Now) -> Option<Arc<PoolSnapshot>> {

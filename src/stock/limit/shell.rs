@@ -23,7 +23,9 @@ use crate::event::{IoLayer, PoolEvent, WaitOutcome};
 use crate::exchange::caller::Caller;
 use crate::observer::Observer;
 use crate::record::outbox::Outbox;
-use crate::record::pool::{Now, PoolKind, PoolLimits, PoolSource, PoolStats, Wait, Waited};
+use crate::record::pool::{
+    Now, PoolKind, PoolLimits, PoolLook, PoolSource, PoolStats, Wait, Waited,
+};
 use crate::record::{Recorder, Scope, lock};
 
 /// A limit's inside.
@@ -116,6 +118,7 @@ impl Shell {
         let asker = Asker {
             trace: caller.trace(),
             recording: caller.is_recording(),
+            watched: self.scope.watched(),
             token: state.cells.vacant_key(),
         };
         Some(match machine.enter(host, asker, || self.now()) {
@@ -286,6 +289,11 @@ impl PoolSource for Shell {
             self.scope.metrics(),
         )
         .of_kind(PoolKind::InFlight)
+    }
+
+    fn look(&self) -> Option<PoolLook> {
+        let now = self.now();
+        Some(self.lock().machine.look(now))
     }
 
     fn mishaps(&self) -> [u64; 2] {

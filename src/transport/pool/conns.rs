@@ -75,7 +75,12 @@ impl Pool {
         c.requests += 1;
         let reused = c.requests > 1;
         let request = who.request.unwrap_or(RequestId(0));
-        c.holders.push((request, who.trace, who.told));
+        c.holders.push(Holder {
+            request,
+            trace: who.trace,
+            told: who.told,
+            since: now.mono,
+        });
         let (key, id, serial) = (c.key, c.id, c.serial);
         let k = &mut self.keys[key as usize];
         if c.h2 && c.streams >= c.max_streams {

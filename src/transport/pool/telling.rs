@@ -41,15 +41,11 @@ impl Pool {
     /// Tells of something that only hooks want to know, if the request's connection is still its.
     pub(crate) fn tell(&mut self, conn: ConnIx, request: RequestId, now: Now, kind: PoolEventKind) {
         let Some(c) = self.conn(conn) else { return };
-        let Some((_, trace, told)) = c.holders.iter().find(|(r, ..)| *r == request).copied() else {
+        let Some(holder) = c.holders.iter().find(|h| h.request == request) else {
             return;
         };
+        let who = Who::holding(holder);
         let (key, id) = (c.key, c.id);
-        let who = Who {
-            request: Some(request),
-            trace,
-            told,
-        };
         self.emit(key, Some(id), who, now, Row::HOOK, || kind);
     }
 
@@ -114,7 +110,12 @@ impl Pool {
                 connection: c.id,
                 age: now.mono.saturating_sub(c.since),
                 requests: c.requests,
-                held_by: c.holders.iter().filter_map(|h| h.1).take(HOLDERS).collect(),
+                held_by: c
+                    .holders
+                    .iter()
+                    .filter_map(|h| h.trace)
+                    .take(HOLDERS)
+                    .collect(),
                 tcp: None,
             });
         }

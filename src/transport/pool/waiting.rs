@@ -129,7 +129,7 @@ impl Pool {
             next = List::after(&mut self.conns, conn, |c| &mut c.of_key);
             let room = HOLDER_SCAN.saturating_sub(found.len());
             let holders = self.conns[conn as usize].holders.iter();
-            found.extend(holders.filter_map(|h| h.1).take(room));
+            found.extend(holders.filter_map(|h| h.trace).take(room));
         }
         let mut next = self.keys[key as usize].waiting.front();
         for _ in 0..HOLDER_SCAN {

@@ -172,6 +172,7 @@ fn a_hit_names_those_who_hold_the_places_sampled_ones_first() {
     let asker = Asker {
         trace: Some(trace(99, true)),
         recording: true,
+        watched: false,
         token: 7,
     };
     let waiter = waits(m.enter(host, asker, || at(50)));
@@ -366,6 +367,7 @@ impl World {
                 let asker = Asker {
                     trace: traced.then(|| trace(token as u8, recording)),
                     recording,
+                    watched: false,
                     token,
                 };
                 let seen = self.seen.enter(host, asker, || now);

@@ -1,0 +1,124 @@
+//! The page at an address of its own, on a thread of its own: it answers also while the application's
+//! runtime is stuck, and takes nothing of its threads. Its connections are not tracked.
+
+use std::convert::Infallible;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use axum::body::Body;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::sync::{Semaphore, oneshot};
+
+use crate::config::ConfigError;
+use crate::inspect::Inspector;
+use crate::inspect::config::Inspect;
+use crate::record::Recorder;
+
+/// Connections at a time; more wait in the kernel's queue.
+const CONNECTIONS: usize = 64;
+/// How long a client may take for a request's head, also between two.
+const HEAD: Duration = Duration::from_secs(30);
+/// Threads that make pages.
+const MAKERS: usize = 2;
+
+/// Serving; ends when dropped, and then the address is free.
+pub(crate) struct Serving {
+    address: SocketAddr,
+    stop: Option<oneshot::Sender<Infallible>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Serving {
+    pub(crate) fn start(
+        recorder: &Recorder,
+        inspect: &Inspect,
+    ) -> Result<Option<Self>, ConfigError> {
+        let Some(listener) = inspect.bind()? else {
+            return Ok(None);
+        };
+        let address = inspect.address.as_deref().unwrap_or_default();
+        let refused = |error: std::io::Error| {
+            ConfigError::new("inspect", address, "its thread could not be started")
+                .with_source(error)
+        };
+        let bound = listener.local_addr().map_err(refused)?;
+        listener.set_nonblocking(true).map_err(refused)?;
+        let inspector = Inspector::new(recorder, inspect)?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(MAKERS)
+            .thread_name("conntrack-inspect")
+            .build()
+            .map_err(refused)?;
+        let (stop, stopped) = oneshot::channel::<Infallible>();
+        let thread = std::thread::Builder::new()
+            .name("conntrack-inspect".into())
+            .spawn(move || {
+                runtime.block_on(async {
+                    tokio::select! {
+                        _ = stopped => {}
+                        () = accept(listener, inspector) => {}
+                    }
+                });
+                // Pages that are being made are nobody's by now.
+                runtime.shutdown_background();
+            })
+            .map_err(refused)?;
+        Ok(Some(Self {
+            address: bound,
+            stop: Some(stop),
+            thread: Some(thread),
+        }))
+    }
+
+    pub(crate) const fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        // It ends at its next await. Dropped on the thread itself, it can't be waited for.
+        if let Some(thread) = self.thread.take()
+            && thread.thread().id() != std::thread::current().id()
+        {
+            let _ = thread.join();
+        }
+    }
+}
+
+async fn accept(listener: TcpListener, inspector: Arc<Inspector>) {
+    // In the runtime, which it was bound outside of.
+    let Ok(listener) = tokio::net::TcpListener::from_std(listener) else {
+        return;
+    };
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok(place) = places.clone().acquire_owned().await else {
+            return;
+        };
+        let Ok((stream, _)) = listener.accept().await else {
+            // No descriptor is left, say.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        let inspector = inspector.clone();
+        tokio::spawn(async move {
+            let _place = place;
+            let answer = service_fn(move |request: http::Request<hyper::body::Incoming>| {
+                let inspector = inspector.clone();
+                async move { Ok::<_, Infallible>(inspector.answer(request.map(Body::new)).await) }
+            });
+            // How a reader's connection ends is its own business.
+            let _ = hyper::server::conn::http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEAD)
+                .serve_connection(TokioIo::new(stream), answer)
+                .await;
+        });
+    }
+}

@@ -1,0 +1,611 @@
+//! The page for `curl` and a terminal.
+//!
+//! Names of hosts and the like come from outside: [`clean`] makes what a terminal or a reader could
+//! stumble over visible.
+
+use std::borrow::Cow;
+use std::fmt::{self, Write as _};
+
+use crate::event::Direction;
+use crate::inspect::view::{
+    Bucket, Closed, Connections, Family, Holder, One, Overview, Page, PoolRow, Pools, Row, Trace,
+    View,
+};
+
+/// Longer texts from outside are cut.
+const LONGEST: usize = 120;
+
+/// A text from outside, without characters that would do something: control characters and those that
+/// turn the direction of writing are shown as escapes, and what is too long is cut.
+pub(super) fn clean(text: &str) -> Cow<'_, str> {
+    let acts = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+    };
+    if text.len() <= LONGEST && !text.chars().any(acts) {
+        return Cow::Borrowed(text);
+    }
+    let mut clean = String::new();
+    for (n, c) in text.chars().enumerate() {
+        if n == LONGEST {
+            clean.push('…');
+            break;
+        }
+        if acts(c) {
+            clean.extend(c.escape_default());
+        } else {
+            clean.push(c);
+        }
+    }
+    Cow::Owned(clean)
+}
+
+/// A time as a person says it.
+pub(super) fn time(seconds: f64) -> String {
+    match seconds {
+        s if s < 0.000_001 => "0".into(),
+        s if s < 0.001 => format!("{:.0}µs", s * 1e6),
+        s if s < 1.0 => format!("{:.0}ms", s * 1e3),
+        s if s < 60.0 => format!("{s:.1}s"),
+        s if s < 3_600.0 => format!("{}m{:02}s", s as u64 / 60, s as u64 % 60),
+        s if s < 86_400.0 => format!("{}h{:02}m", s as u64 / 3_600, s as u64 / 60 % 60),
+        s => format!("{}d{:02}h", s as u64 / 86_400, s as u64 / 3_600 % 24),
+    }
+}
+
+/// So many bytes.
+pub(super) fn bytes(bytes: u64) -> String {
+    let mut value = bytes as f64;
+    for unit in ["B", "KiB", "MiB", "GiB", "TiB"] {
+        if value < 1_024.0 || unit == "TiB" {
+            return match unit {
+                "B" => format!("{bytes} B"),
+                _ if value < 10.0 => format!("{value:.1} {unit}"),
+                _ => format!("{value:.0} {unit}"),
+            };
+        }
+        value /= 1_024.0;
+    }
+    String::new()
+}
+
+/// The bound of a bucket, as x/net/trace writes it.
+pub(super) fn bound(seconds: f64) -> String {
+    match seconds {
+        s if s >= 3_600.0 => format!("{}h", s as u64 / 3_600),
+        s if s >= 60.0 && s % 60.0 == 0.0 => format!("{}m", s as u64 / 60),
+        s => format!("{s}s"),
+    }
+}
+
+pub(super) fn maybe<T>(value: Option<T>, text: impl FnOnce(T) -> String) -> String {
+    value.map_or_else(|| "-".into(), text)
+}
+
+pub(super) fn render(page: &Page<'_>) -> String {
+    let mut out = String::new();
+    let _ = writeln!(out, "{}: {}", clean(page.title), name(&page.view));
+    let _ = match &page.view {
+        View::Overview(view) => overview(&mut out, view),
+        View::Connections(view) => connections(&mut out, view),
+        View::Connection(view) => one(&mut out, view),
+        View::Pools(view) => pools(&mut out, view),
+        View::Closed(view) => closed(&mut out, view),
+    };
+    out
+}
+
+pub(super) const fn name(view: &View) -> &'static str {
+    match view {
+        View::Overview(_) => "overview",
+        View::Connections(_) => "connections",
+        View::Connection(_) => "connection",
+        View::Pools(_) => "pools",
+        View::Closed(_) => "recently closed and failed",
+    }
+}
+
+/// Lines whose columns are as wide as their widest cell.
+struct Columns {
+    lines: Vec<Vec<String>>,
+}
+
+impl Columns {
+    fn new(head: &[&str]) -> Self {
+        Self {
+            lines: vec![head.iter().map(|text| (*text).to_owned()).collect()],
+        }
+    }
+
+    fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+        self.lines.push(cells.into_iter().collect());
+    }
+
+    fn write(&self, out: &mut String) -> fmt::Result {
+        let mut widths: Vec<usize> = Vec::new();
+        for line in &self.lines {
+            for (at, cell) in line.iter().enumerate() {
+                let width = cell.chars().count();
+                match widths.get_mut(at) {
+                    Some(most) => *most = width.max(*most),
+                    None => widths.push(width),
+                }
+            }
+        }
+        for line in &self.lines {
+            let last = line.len().saturating_sub(1);
+            for (at, (cell, width)) in line.iter().zip(&widths).enumerate() {
+                if at == last {
+                    out.push_str(cell);
+                } else {
+                    write!(out, "{cell:width$}  ")?;
+                }
+            }
+            writeln!(out)?;
+        }
+        Ok(())
+    }
+}
+
+fn overview(out: &mut String, view: &Overview) -> fmt::Result {
+    writeln!(
+        out,
+        "{} open, {} waiting, up {}",
+        view.open,
+        view.waiting,
+        time(view.uptime)
+    )?;
+    for (title, families) in [("listeners", &view.listeners), ("dialers", &view.dialers)] {
+        if families.is_empty() {
+            continue;
+        }
+        writeln!(out, "\n{title}")?;
+        let mut table = Columns::new(&[
+            "NAME",
+            "OPEN",
+            "NEW",
+            "ACTIVE",
+            "IDLE",
+            "HIJACKED",
+            "OTHER",
+            "CONNECTING",
+            "OPENED",
+            "FAILED",
+            "LIMIT",
+            "HITS",
+            "REQUESTS",
+            "READ",
+            "WRITTEN",
+        ]);
+        for family in families {
+            let failed: u64 = family.failures.iter().map(|failure| failure.count).sum();
+            table.row([
+                clean(&family.name).into_owned(),
+                family.open.to_string(),
+                family.new.to_string(),
+                family.active.to_string(),
+                family.idle.to_string(),
+                family.hijacked.to_string(),
+                family.other.to_string(),
+                family.connecting.to_string(),
+                family.opened.to_string(),
+                failed.to_string(),
+                maybe(family.max_connections, |limit| limit.to_string()),
+                maybe(family.limit_hits, |hits| hits.to_string()),
+                family.requests.to_string(),
+                bytes(family.bytes_read),
+                bytes(family.bytes_written),
+            ]);
+        }
+        table.write(out)?;
+    }
+    if !view.pools.is_empty() {
+        writeln!(out, "\npools")?;
+        pool_table(out, view.pools.iter())?;
+    }
+    families(out, view)?;
+    for family in view.listeners.iter().chain(&view.dialers) {
+        let pairs = |counts: &[crate::inspect::view::Count]| {
+            let pairs = counts
+                .iter()
+                .map(|count| format!("{}={}", count.reason, count.count));
+            pairs.collect::<Vec<_>>().join(" ")
+        };
+        if !family.failures.is_empty() {
+            writeln!(
+                out,
+                "{}: failed {}",
+                clean(&family.family),
+                pairs(&family.failures)
+            )?;
+        }
+        if !family.closed.is_empty() {
+            writeln!(
+                out,
+                "{}: closed {}",
+                clean(&family.family),
+                pairs(&family.closed)
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// The families and buckets of x/net/trace.
+fn families(out: &mut String, view: &Overview) -> fmt::Result {
+    let all = || view.listeners.iter().chain(&view.dialers);
+    let Some(any) = all().next() else {
+        return Ok(());
+    };
+    writeln!(out, "\nfamilies")?;
+    let head = |first: &[&str], buckets: &[Bucket], text: fn(f64) -> String| {
+        let mut head: Vec<String> = first.iter().map(|text| (*text).to_owned()).collect();
+        head.extend(buckets.iter().map(|bucket| text(bucket.seconds)));
+        head
+    };
+    let line = |family: &Family, first: Vec<String>, buckets: &[Bucket]| {
+        let mut line = vec![clean(&family.family).into_owned()];
+        line.extend(first);
+        line.extend(buckets.iter().map(|bucket| bucket.count.to_string()));
+        line
+    };
+    let mut table = Columns {
+        lines: vec![head(
+            &["FAMILY", "LIVE", "ERRORS"],
+            &any.recent_errors,
+            |s| format!("errs<{}", bound(s)),
+        )],
+    };
+    for family in all() {
+        table.row(line(
+            family,
+            vec![family.open.to_string(), family.errors.to_string()],
+            &family.recent_errors,
+        ));
+    }
+    table.write(out)?;
+    writeln!(out)?;
+    let mut table = Columns {
+        lines: vec![head(&["SET-UP"], &any.setup_durations, |s| {
+            format!("≥{}", bound(s))
+        })],
+    };
+    for family in all().filter(|family| family.has_setups()) {
+        table.row(line(family, vec![], &family.setup_durations));
+    }
+    table.write(out)?;
+    writeln!(out)?;
+    let mut table = Columns {
+        lines: vec![head(&["LIFE"], &any.lifetimes, |s| {
+            format!("≥{}", bound(s))
+        })],
+    };
+    for family in all() {
+        table.row(line(family, vec![], &family.lifetimes));
+    }
+    table.write(out)?;
+    writeln!(out)
+}
+
+fn pool_table<'a>(out: &mut String, pools: impl Iterator<Item = &'a PoolRow>) -> fmt::Result {
+    let mut table = Columns::new(&[
+        "NAME", "KIND", "ACTIVE", "IDLE", "DIALING", "IN USE", "WAITING", "OLDEST", "MAX", "LIMITS",
+    ]);
+    for pool in pools {
+        table.row([
+            clean(&pool.name).into_owned(),
+            pool.kind.into(),
+            maybe(pool.active, |n| n.to_string()),
+            maybe(pool.idle, |n| n.to_string()),
+            maybe(pool.dialing, |n| n.to_string()),
+            maybe(pool.in_use, |n| n.to_string()),
+            pool.waiting.to_string(),
+            maybe(pool.oldest_wait, time),
+            pool.waiting_max.to_string(),
+            limits(pool),
+        ]);
+    }
+    table.write(out)
+}
+
+pub(super) fn limits(pool: &PoolRow) -> String {
+    let limits = pool.limits.iter().map(|limit| {
+        let hits = maybe(limit.hits, |hits| hits.to_string());
+        format!("{}={} (hit {hits})", limit.limit, limit.value)
+    });
+    limits.collect::<Vec<_>>().join(" ")
+}
+
+fn connections(out: &mut String, view: &Connections) -> fmt::Result {
+    writeln!(
+        out,
+        "{} of {} connections, page {} of {}",
+        view.matching, view.total, view.page, view.pages
+    )?;
+    let mut table = Columns::new(&ROW);
+    for row in &view.connections {
+        table.row(cells(row));
+    }
+    table.write(out)
+}
+
+const ROW: [&str; 17] = [
+    "ID",
+    "DIR",
+    "NAME",
+    "HOST",
+    "LOCAL",
+    "PEER",
+    "PROTO",
+    "TLS",
+    "STATE",
+    "AGE",
+    "IDLE",
+    "REQS",
+    "IN FLIGHT",
+    "READ",
+    "WRITTEN",
+    "RTT",
+    "RETR",
+];
+
+fn cells(row: &Row) -> Vec<String> {
+    vec![
+        row.id.clone(),
+        match row.direction {
+            Direction::Inbound => "in".into(),
+            Direction::Outbound => "out".into(),
+        },
+        clean(&row.name).into_owned(),
+        maybe(row.host.as_deref(), |host| clean(host).into_owned()),
+        maybe(row.local.as_ref(), |end| {
+            clean(&end.to_string()).into_owned()
+        }),
+        maybe(row.peer.as_ref(), |end| {
+            clean(&end.to_string()).into_owned()
+        }),
+        maybe(row.protocol, str::to_owned),
+        tls_version(row),
+        row.state.as_str().into(),
+        time(row.age),
+        maybe(row.idle, time),
+        row.requests.to_string(),
+        row.in_flight.to_string(),
+        bytes(row.bytes_read),
+        bytes(row.bytes_written),
+        maybe(row.rtt, time),
+        maybe(row.retransmits, |n| n.to_string()),
+    ]
+}
+
+pub(super) fn tls_version(row: &Row) -> String {
+    let version = row.tls.as_ref().map(|tls| tls.version.unwrap_or("yes"));
+    maybe(version, str::to_owned)
+}
+
+fn one(out: &mut String, view: &One) -> fmt::Result {
+    for (name, cell) in ROW.iter().zip(cells(&view.row)) {
+        writeln!(out, "{:<12}{cell}", name.to_lowercase())?;
+    }
+    for (name, value) in facts(view) {
+        writeln!(out, "{name:<12}{value}")?;
+    }
+    if !view.timeline.is_empty() {
+        writeln!(out, "\ntimeline")?;
+        for entry in &view.timeline {
+            let detail = entry.detail.as_deref().unwrap_or_default();
+            writeln!(
+                out,
+                "{:>12}  {} {detail}",
+                format!("{:.6}", entry.at),
+                entry.event
+            )?;
+        }
+        if view.timeline_dropped > 0 {
+            writeln!(
+                out,
+                "{} moments between were not kept",
+                view.timeline_dropped
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// What one connection has beside its row.
+pub(super) fn facts(view: &One) -> Vec<(&'static str, String)> {
+    let mut facts = vec![("started", date(view.started))];
+    let mut put = |name, value: Option<String>| facts.extend(value.map(|value| (name, value)));
+    put("set-up", view.setup.map(time));
+    put("failed", view.failure.map(str::to_owned));
+    put("closed", view.close_reason.map(str::to_owned));
+    put("closed by", view.closed_by.map(str::to_owned));
+    put("active for", view.row.active.map(time));
+    if let Some(tls) = &view.row.tls {
+        put(
+            "cipher",
+            tls.cipher.as_deref().map(|text| clean(text).into_owned()),
+        );
+        put(
+            "alpn",
+            tls.alpn.as_deref().map(|text| clean(text).into_owned()),
+        );
+        put(
+            "sni",
+            tls.server_name
+                .as_deref()
+                .map(|text| clean(text).into_owned()),
+        );
+        put("resumed", tls.resumed.map(|resumed| resumed.to_string()));
+    }
+    put("trace", view.trace.as_ref().map(trace));
+    for serving in &view.serving {
+        let since = maybe(serving.since, time);
+        put(
+            "serves",
+            Some(format!("{} for {since}", trace(&serving.trace))),
+        );
+    }
+    if let Some(tcp) = &view.tcp {
+        put("tcp state", Some(tcp.state.into()));
+        put("rtt var", Some(time(tcp.rtt_variance)));
+        put("lost", Some(tcp.lost.to_string()));
+        put("unacked", Some(tcp.unacked.to_string()));
+        put("cwnd", Some(tcp.congestion_window.to_string()));
+        put(
+            "delivery",
+            tcp.delivery_rate.map(|rate| format!("{}/s", bytes(rate))),
+        );
+        put("acked", tcp.bytes_acked.map(bytes));
+        put("received", tcp.bytes_received.map(bytes));
+        put("not sent", tcp.not_sent.map(|n| bytes(n.into())));
+    }
+    facts
+}
+
+fn trace(trace: &Trace) -> String {
+    match &trace.link {
+        Some(link) => format!("{} {}", trace.trace_id, clean(link)),
+        None => trace.trace_id.clone(),
+    }
+}
+
+/// A moment, in UTC.
+pub(super) fn date(unix: f64) -> String {
+    let since = std::time::Duration::try_from_secs_f64(unix).unwrap_or_default();
+    httpdate::fmt_http_date(std::time::SystemTime::UNIX_EPOCH + since)
+}
+
+fn pools(out: &mut String, view: &Pools) -> fmt::Result {
+    if view.pools.is_empty() {
+        return writeln!(out, "no pools");
+    }
+    pool_table(out, view.pools.iter().map(|pool| &pool.row))?;
+    for pool in &view.pools {
+        let Some(keys) = &pool.keys else {
+            writeln!(
+                out,
+                "\n{}: does not say who has its connections and who waits",
+                clean(&pool.row.name)
+            )?;
+            continue;
+        };
+        for key in keys {
+            writeln!(
+                out,
+                "\n{}: {}: {} active, {} idle, {} dialing",
+                clean(&pool.row.name),
+                clean(&key.key),
+                key.active,
+                key.idle,
+                key.dialing
+            )?;
+            if let Some(why) = &key.why {
+                writeln!(out, "  {why}")?;
+            }
+            for holder in &key.holders {
+                writeln!(out, "  holds  {}", held(holder))?;
+            }
+            if key.holders_omitted > 0 {
+                writeln!(out, "  and {} more hold", key.holders_omitted)?;
+            }
+            for waiter in &key.waiters {
+                let dialing = if waiter.dialing {
+                    ", a dial is under way for it"
+                } else {
+                    ""
+                };
+                writeln!(
+                    out,
+                    "  waits  {}. request {} for {}: {}{dialing} {}",
+                    waiter.position,
+                    waiter.request,
+                    time(waiter.waited),
+                    waiter.reason,
+                    maybe(waiter.trace.as_ref(), trace)
+                )?;
+            }
+            if key.waiters_omitted > 0 {
+                writeln!(out, "  and {} more wait", key.waiters_omitted)?;
+            }
+        }
+        if pool.keys_omitted > 0 {
+            writeln!(out, "  and {} more hosts", pool.keys_omitted)?;
+        }
+    }
+    Ok(())
+}
+
+fn held(holder: &Holder) -> String {
+    format!(
+        "request {} on {} for {} {}",
+        holder.request,
+        maybe(holder.connection.as_deref(), str::to_owned),
+        maybe(holder.held_for, time),
+        maybe(holder.trace.as_ref(), trace)
+    )
+}
+
+fn closed(out: &mut String, view: &Closed) -> fmt::Result {
+    let mut table = Columns::new(&[
+        "ENDED", "ID", "DIR", "NAME", "HOST", "PEER", "REASON", "BY", "AGE", "REQS", "READ",
+        "WRITTEN",
+    ]);
+    for closed in &view.connections {
+        let row = &closed.row;
+        table.row([
+            date(closed.ended),
+            row.id.clone(),
+            match row.direction {
+                Direction::Inbound => "in".into(),
+                Direction::Outbound => "out".into(),
+            },
+            clean(&row.name).into_owned(),
+            maybe(row.host.as_deref(), |host| clean(host).into_owned()),
+            maybe(row.peer.as_ref(), |end| {
+                clean(&end.to_string()).into_owned()
+            }),
+            closed.reason.into(),
+            maybe(closed.by, str::to_owned),
+            time(row.age),
+            row.requests.to_string(),
+            bytes(row.bytes_read),
+            bytes(row.bytes_written),
+        ]);
+    }
+    table.write(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_would_act_on_a_terminal_is_shown_as_an_escape() {
+        assert_eq!(clean("example.com"), "example.com");
+        assert_eq!(clean("a\u{1b}[2J\r\nb"), "a\\u{1b}[2J\\r\\nb");
+        assert_eq!(clean("\u{202e}moc"), "\\u{202e}moc");
+        let long = "x".repeat(5_000);
+        assert_eq!(clean(&long).chars().count(), LONGEST + 1);
+        assert_eq!(clean("bücher.example"), "bücher.example");
+    }
+
+    #[test]
+    fn times_and_sizes_are_said_as_people_say_them() {
+        let times = [0.0, 0.000_25, 0.0123, 1.26, 75.0, 7_260.0, 90_000.0];
+        let said: Vec<_> = times.into_iter().map(time).collect();
+        assert_eq!(
+            said,
+            ["0", "250µs", "12ms", "1.3s", "1m15s", "2h01m", "1d01h"]
+        );
+        let sizes = [0, 1_023, 1_024, 15_000, 3 << 30];
+        let said: Vec<_> = sizes.into_iter().map(bytes).collect();
+        assert_eq!(said, ["0 B", "1023 B", "1.0 KiB", "15 KiB", "3.0 GiB"]);
+        let bounds = [0.0, 0.05, 10.0, 60.0, 100.0, 600.0, 3_600.0, 36_000.0];
+        let said: Vec<_> = bounds.into_iter().map(bound).collect();
+        assert_eq!(
+            said,
+            ["0s", "0.05s", "10s", "1m", "100s", "10m", "1h", "10h"]
+        );
+    }
+}
