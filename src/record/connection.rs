@@ -323,8 +323,14 @@ impl Connection {
     }
 
     fn state_for(&self, state: ConnectionState, now: Duration) -> Option<Duration> {
+        self.since(now).filter(|_| self.state() == state)
+    }
+
+    /// How long it has been in its state, or was in the one before if it was closed; none where that is
+    /// not kept.
+    fn since(&self, now: Duration) -> Option<Duration> {
         let since = self.cell.since.load(Relaxed).checked_sub(1)?;
-        (self.state() == state).then(|| now.saturating_sub(Duration::from_nanos(since)))
+        Some(now.saturating_sub(Duration::from_nanos(since)))
     }
 
     /// What the kernel says now; none without a TCP socket that is open and ours to ask.
@@ -889,11 +895,8 @@ impl Connection {
                 reason,
                 initiator,
                 with_active_requests: in_flight > 0,
-                idle: if from == ConnectionState::Idle {
-                    self.idle_for(at)
-                } else {
-                    None
-                },
+                // Its state is closed by now.
+                idle: self.since(at).filter(|_| from == ConnectionState::Idle),
             };
             let _ = self.closed.set(Box::new(close));
             drop(shard);
