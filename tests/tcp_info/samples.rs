@@ -163,26 +163,48 @@ async fn each_segment_that_was_sent_again_is_counted_once() {
     assert_eq!(hosts, all);
 }
 
-/// Nobody of ours holds the socket; the kernel tells at the end.
+/// Nobody of ours holds the socket; the kernel tells at the end. On a host that is so busy that notices
+/// are lost an end is found by a look, which has nothing to count; then there is another one.
 #[tokio::test]
 async fn what_a_stock_client_sent_again_is_counted_at_the_close() {
     let reader = Reader::cumulative();
     let conntrack = sampling(&reader, INTERVAL);
     let way = Lossy::bind().await;
     super::support::tls::install();
+    let name = [(names::NAME, "stock")];
+    let mut told = Vec::new();
+    for attempt in 1..=10 {
+        stock_request(&conntrack, &way).await;
+        // Of all that hear of a close the history is the last.
+        until("the close", || conntrack.recently_closed().len() == attempt).await;
+        let closed = conntrack.recently_closed();
+        told = closed.iter().filter_map(|it| it.last_tcp).collect();
+        let sent_again: i64 = told.iter().map(|tcp| i64::from(tcp.retransmits)).sum();
+        let collected = reader.collect();
+        assert_eq!(collected.sum(&names::TCP_SENT_AGAIN, &name), sent_again);
+        let times = collected.count(&names::TCP_ROUND_TRIP, &name);
+        assert_eq!(times, told.len() as u64);
+        if !told.is_empty() {
+            break;
+        }
+    }
+    assert!(told[0].retransmits >= 1, "{told:?}");
+}
+
+/// A request of a stock client that has to be sent again, on a connection of its own.
+async fn stock_request(conntrack: &Conntrack, way: &Lossy) {
     let client = reqwest::Client::builder().no_proxy();
-    let client = client.conntrack(&conntrack, "stock").unwrap();
+    let client = client.conntrack(conntrack, "stock").unwrap();
     let client = client.build().unwrap();
     let request = client.get(format!("http://{}/", way.address()));
     let request = tokio::spawn(request.header("x-long", "x".repeat(100)).send());
     let mut peer = way.accept().await;
-    // What was lost comes through in the end, the second time or later.
     let theirs = peer.peer_addr().unwrap().port();
     until("it was sent again", || retransmits_of_port(theirs) > 0).await;
+    // What was lost comes through in the end, the second time or later.
     heal(&peer);
-    let mut head = vec![0; 64];
-    peer.read_exact(&mut head).await.unwrap();
-    // Until its notices are heard the end may be found by a look, which has less to tell.
+    peer.read_exact(&mut [0; 64]).await.unwrap();
+    // Until notices are heard ends are found by looks.
     until("the kernel is heard", || {
         let watch = conntrack.stats().close_watch;
         watch.is_some_and(|watch| watch.source == CloseWatchSource::Kernel)
@@ -192,20 +214,6 @@ async fn what_a_stock_client_sent_again_is_counted_at_the_close() {
         .await
         .unwrap();
     request.await.unwrap().unwrap();
-    drop((client, peer));
-    // Of all that hear of it the history is the last.
-    until("the close", || !conntrack.recently_closed().is_empty()).await;
-    let closed = conntrack.recently_closed();
-    let last = closed[0].last_tcp.expect("the kernel told");
-    assert!(last.retransmits >= 1, "{last:?}");
-    let counted = reader
-        .collect()
-        .sum(&names::TCP_SENT_AGAIN, &[(names::NAME, "stock")]);
-    assert_eq!(counted, i64::from(last.retransmits));
-    let times = reader
-        .collect()
-        .count(&names::TCP_ROUND_TRIP, &[(names::NAME, "stock")]);
-    assert_eq!(times, 1);
 }
 
 #[tokio::test]
