@@ -57,7 +57,9 @@
 //! - **No backend at hand?** [`Builder::inspect`] and [`Conntrack::inspect_router`]: a live page of every
 //!   connection, pool and listener, for browsers, curl and programs (feature `inspect`).
 //! - **What does the kernel say?** [`ConnectionRecord::tcp_info`]: round-trip time, retransmits and
-//!   the TCP state, also of a socket that hyper's pool holds (Linux).
+//!   the TCP state, also of a socket that hyper's pool holds (Linux). The last of it is in
+//!   [`ConnectionSnapshot::last_tcp`]. [`Conntrack::audit`] holds what is tracked against the kernel's
+//!   table.
 //!
 //! # How it is built
 //!
@@ -81,6 +83,7 @@
 //! | `tls` | no | TLS by rustls in the dialer; [`ServerTls`] for servers |
 //! | `inspect` | no | [`Builder::inspect`], [`Conntrack::inspect_router`]: the live page |
 //! | `otlp-tls` | no | `https` endpoints for OTLP |
+//! | `audit` | no | [`Conntrack::audit`] (Linux) |
 //! | `axum`, `tonic` | no | their listener and connect-info traits |
 //! | `stock` | no | [`stock`]: pool events of unmodified reqwest and hyper-util clients; with `hyper`, [`InFlightLimit`] |
 //! | `reqwest` | no | [`ReqwestBuilderExt`]: the connections of reqwest as it is; `reqwest-blocking`, `-rustls`, `-middleware` for more of it |
@@ -92,6 +95,7 @@
 // Links in the overview point to items of features that may be off.
 #![cfg_attr(
     not(all(
+        feature = "audit",
         feature = "inspect",
         feature = "net",
         feature = "transport",
@@ -104,13 +108,15 @@
     allow(rustdoc::broken_intra_doc_links)
 )]
 
+#[cfg(feature = "audit")]
+mod audit;
 mod builder;
 mod config;
 mod conntrack;
 pub mod event;
 #[cfg(feature = "hyper")]
 mod exchange;
-#[cfg(feature = "reqwest")]
+#[cfg(any(feature = "reqwest", feature = "audit"))]
 mod host;
 #[cfg(feature = "net")]
 mod inbound;
@@ -135,6 +141,8 @@ mod tls;
 #[cfg(feature = "transport")]
 mod transport;
 
+#[cfg(feature = "audit")]
+pub use audit::{Audit, AuditError, AuditSource, LikelyOwner, MissingConnection, UntrackedSocket};
 pub use builder::Builder;
 pub use config::ConfigError;
 pub use conntrack::{Conntrack, TrackError};

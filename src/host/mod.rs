@@ -8,6 +8,9 @@
 //! Nothing here needs a privilege, and nothing opens, duplicates or touches the sockets that are
 //! asked for. Everything sees one network namespace: that of the thread that opened it.
 
+// Each of its users needs some of it.
+#![cfg_attr(not(all(feature = "reqwest", feature = "audit")), allow(dead_code))]
+
 #[cfg(target_os = "linux")]
 mod netlink;
 #[cfg(target_os = "linux")]
@@ -72,6 +75,20 @@ impl Key {
         ]
     }
 
+    /// Both ends; a mapped address as the IPv4 one that it is.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn ends(&self) -> Tuple {
+        let end = |octets: [u8; 16], port| {
+            let ip = Ipv6Addr::from(octets);
+            let ip = ip.to_ipv4_mapped().map_or(IpAddr::V6(ip), IpAddr::V4);
+            SocketAddr::new(ip, port)
+        };
+        Tuple {
+            local: end(self.local, self.local_port),
+            peer: end(self.peer, self.peer_port),
+        }
+    }
+
     /// For a table that does not tell scopes.
     #[cfg(target_os = "linux")]
     pub(crate) const fn unscoped(mut self) -> Self {
@@ -119,6 +136,8 @@ pub(crate) struct Seen {
     pub(crate) state: u8,
     /// Whether a descriptor holds it.
     pub(crate) held: bool,
+    /// Of the socket as a file; zero where no descriptor holds it.
+    pub(crate) inode: u64,
     /// Where it was asked for, and the socket is a whole one (not one in `TIME_WAIT`).
     pub(crate) tcp: Option<TcpInfo>,
 }

@@ -201,6 +201,7 @@ impl<'a> Row<'a> {
             cookie: Some(self.cookie()),
             state: self.fixed[at::STATE],
             held: four(self.fixed, at::INODE) != 0,
+            inode: four(self.fixed, at::INODE).into(),
             tcp: self.tcp(),
         }
     }

@@ -56,6 +56,7 @@ fn parse(line: &str) -> Option<Seen> {
         cookie: None,
         state,
         held: inode != 0,
+        inode,
         tcp: None,
     })
 }
@@ -102,6 +103,7 @@ mod tests {
             cookie: None,
             state: 8,
             held: true,
+            inode: 54_805,
             tcp: None,
         };
         assert_eq!(parse(line), Some(expected));

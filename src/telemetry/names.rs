@@ -66,6 +66,15 @@ attributes! {
     LOCAL_PORT = "network.local.port": "our port, on spans only";
     DNS_QUESTION = "dns.question.name": "the name that was looked up";
     DNS_ANSWERS = "dns.answers": "the addresses found, at most 16";
+    TCP_STATE = "network.connection.state": "the kernel's state of the connection at that time, such as `established` or `close_wait`; this and the others of `conntrack.tcp`: TCP on Linux";
+    TCP_RTT = "conntrack.tcp.rtt": "smoothed round-trip time, seconds; not set while nothing was measured";
+    TCP_RTT_VARIANCE = "conntrack.tcp.rtt_variance": "how much the round-trip time varies, seconds; likewise";
+    TCP_RETRANSMITS = "conntrack.tcp.retransmits": "segments sent again, of the whole connection so far";
+    TCP_LOST = "conntrack.tcp.lost": "segments under way that the kernel took for lost at that time";
+    TCP_CONGESTION_WINDOW = "conntrack.tcp.congestion_window": "how many segments might be under way";
+    TCP_DELIVERY_RATE = "conntrack.tcp.delivery_rate": "the newest measure of how fast data reached the peer, bytes per second";
+    TCP_BYTES_ACKED = "conntrack.tcp.bytes_acked": "bytes that the peer has acknowledged, of the whole connection so far";
+    TCP_NOT_SENT = "conntrack.tcp.not_sent": "bytes that were written and waited to be sent";
     TLS_VERSION = "tls.protocol.version": "`1.2` or `1.3`";
     TLS_CIPHER = "tls.cipher": "the cipher suite";
     TLS_NEXT_PROTOCOL = "tls.next_protocol": "ALPN";
@@ -183,6 +192,15 @@ pub const SPANS: &[SpanName] = &[
             CONNECTION_IDLE_TIME,
             CONNECTION_OPEN,
             TIMELINE_DROPPED,
+            TCP_STATE,
+            TCP_RTT,
+            TCP_RTT_VARIANCE,
+            TCP_RETRANSMITS,
+            TCP_LOST,
+            TCP_CONGESTION_WINDOW,
+            TCP_DELIVERY_RATE,
+            TCP_BYTES_ACKED,
+            TCP_NOT_SENT,
         ],
     },
     SpanName {
@@ -217,6 +235,15 @@ pub const SPANS: &[SpanName] = &[
             BYTES_WRITTEN,
             CONNECTION_OPEN,
             CONNECTION_IDLE_TIME,
+            TCP_STATE,
+            TCP_RTT,
+            TCP_RTT_VARIANCE,
+            TCP_RETRANSMITS,
+            TCP_LOST,
+            TCP_CONGESTION_WINDOW,
+            TCP_DELIVERY_RATE,
+            TCP_BYTES_ACKED,
+            TCP_NOT_SENT,
         ],
     },
 ];
@@ -310,7 +337,7 @@ pub const SHORT: &[f64] = &[
 pub const LONG: &[f64] = &[
     0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,
 ];
-/// Bounds for set-up phases, which take microseconds on one host and seconds over a bad network.
+/// Bounds for set-up phases and round trips, which take microseconds on one host and seconds over a bad network.
 pub const SETUP: &[f64] = &[
     0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 ];
@@ -389,6 +416,12 @@ metrics! {
     IO = "conntrack.connection.io", Counter, "By",
         "Bytes read and written.",
         &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT, IO_DIRECTION, IO_LAYER];
+    TCP_ROUND_TRIP = "conntrack.tcp.rtt", Histogram(SETUP), "s",
+        "The kernel's smoothed round-trip time of connections: of each that is open once per `tcp_sample_interval`, and at its close; TCP on Linux.",
+        &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT];
+    TCP_SENT_AGAIN = "conntrack.tcp.retransmits", Counter, "{segment}",
+        "Segments that were sent again; of each open connection as of its last sample, of each closed one all; TCP on Linux.",
+        &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT];
     POOL_WAITING_NOW = "conntrack.pool.waiting", Gauge, "{request}",
         "Requests that wait for a connection, or under an in-flight limit for a place.",
         &[NAME, SERVER_ADDRESS, SERVER_PORT, URL_SCHEME, SOURCE];
