@@ -211,7 +211,13 @@ impl Inspector {
             return Ok(plain(StatusCode::OK, &done.text));
         }
         let mut response = plain(StatusCode::SEE_OTHER, &done.text);
-        let to = HeaderValue::try_from(format!("{base}{}", done.see));
+        // A router that is nested under a path answers there, and not with a slash behind it.
+        let see = if base.is_empty() {
+            &*done.see
+        } else {
+            done.see.trim_end_matches('/')
+        };
+        let to = HeaderValue::try_from(format!("{base}{see}"));
         if let Ok(to) = to {
             response.headers_mut().insert(header::LOCATION, to);
         }
