@@ -62,21 +62,7 @@ fn family_table(families: &[Family], frame: &Frame<'_>, caption: &str) -> Markup
                             th scope="row" {
                                 a href={ (frame.base) "/connections?" (names(family)) } { (clean(&family.name)) }
                                 @if family.draining == Some(true) { " " span.busy { "draining" } }
-                                @if family.draining == Some(false) && frame.token.is_some() {
-                                    // There is no way back, so it takes two steps.
-                                    " " details { summary { "Drain" }
-                                        p { "Nobody new comes in; who is there has 30 s." }
-                                        (action(frame, "drain", &[("listener", &family.name)], "Drain it now"))
-                                    }
-                                }
-                                @if frame.token.is_some() {
-                                    " " (action(
-                                        frame,
-                                        "close-idle",
-                                        &[("name", &family.name), ("direction", family.direction.as_str())],
-                                        "Close idle",
-                                    ))
-                                }
+                                @if frame.token.is_some() { " " (actions(family, frame)) }
                             }
                             (td(family.open)) (td(family.active)) (td(family.idle))
                             @if inbound {
@@ -95,6 +81,23 @@ fn family_table(families: &[Family], frame: &Frame<'_>, caption: &str) -> Markup
                         }
                     }
                 }
+            }
+        }
+    }
+}
+
+/// Unfolded first, so that no slip of the hand closes what is in use: there is no way back.
+fn actions(family: &Family, frame: &Frame<'_>) -> Markup {
+    let of = [
+        ("name", &*family.name),
+        ("direction", family.direction.as_str()),
+    ];
+    html! {
+        details {
+            summary { "Actions" }
+            p { (action(frame, "close-idle", &of, "Close idle connections")) }
+            @if family.draining == Some(false) {
+                p { (action(frame, "drain", &[("listener", &family.name)], "Drain")) " nobody new comes in; who is there has 30 s" }
             }
         }
     }
