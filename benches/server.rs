@@ -36,14 +36,14 @@ use opentelemetry_sdk::metrics::{ManualReader, SdkMeterProvider};
 use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
 use otel_conntrack::{Accept, ConnectionState, Conntrack};
 use std::sync::Arc;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::DuplexStream;
+use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 
 mod support;
 
-use support::{Sink, instructions, median, multi_thread, processor};
+use support::{Sink, ask, connect, instructions, median, multi_thread, processor};
 
 // === memory ===
 
@@ -223,24 +223,6 @@ async fn drive(address: SocketAddr, load: Load, each: usize) {
         });
     }
     clients.join_all().await;
-}
-
-async fn connect(address: SocketAddr) -> TcpStream {
-    let stream = TcpStream::connect(address).await.expect("it listens");
-    stream.set_nodelay(true).expect("a TCP socket");
-    stream
-}
-
-/// A request, and its answer read whole.
-async fn ask<T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin>(stream: &mut T) {
-    let request = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n";
-    stream.write_all(request).await.expect("it reads");
-    let (mut answer, mut have) = ([0; 512], 0);
-    while !answer[..have].ends_with(b"hello") {
-        let n = stream.read(&mut answer[have..]).await.expect("it answers");
-        assert!(n > 0, "it answers");
-        have += n;
-    }
 }
 
 // === the figures ===

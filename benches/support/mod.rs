@@ -1,12 +1,15 @@
 //! What benchmarks share.
 #![allow(dead_code, unreachable_pub, missing_docs)]
 
+use std::net::SocketAddr;
 use std::process::Command;
 use std::time::Duration;
 
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::trace::{Span, SpanData, SpanProcessor};
 use otel_conntrack::opentelemetry::Context;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
 
 /// Drops spans when they end.
@@ -67,4 +70,23 @@ pub fn processor() -> f64 {
     let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
     let ticks = |n| fields.split_whitespace().nth(n)?.parse::<f64>().ok();
     (ticks(11).unwrap_or_default() + ticks(12).unwrap_or_default()) / 100.0
+}
+
+/// A client's socket.
+pub async fn connect(address: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect(address).await.expect("it listens");
+    stream.set_nodelay(true).expect("a TCP socket");
+    stream
+}
+
+/// A request, and its answer, which is `hello`, read whole.
+pub async fn ask<T: AsyncRead + AsyncWrite + Unpin>(stream: &mut T) {
+    let request = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n";
+    stream.write_all(request).await.expect("it reads");
+    let (mut answer, mut have) = ([0; 512], 0);
+    while !answer[..have].ends_with(b"hello") {
+        let n = stream.read(&mut answer[have..]).await.expect("it answers");
+        assert!(n > 0, "it answers");
+        have += n;
+    }
 }

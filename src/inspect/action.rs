@@ -134,7 +134,7 @@ impl Inspector {
                 let closed = self.close_idle_of(direction, &name);
                 Ok(Done {
                     text: format!("{closed} idle connections of {name:?} are closed"),
-                    see: "/".into(),
+                    see: String::new(),
                 })
             }
             Action::Drain { listener, deadline } => {
@@ -152,7 +152,7 @@ impl Inspector {
                 }
                 Ok(Done {
                     text: format!("{listener:?} drains, for {deadline:?} at most"),
-                    see: "/".into(),
+                    see: String::new(),
                 })
             }
         }

@@ -33,9 +33,12 @@ pub(super) fn document(page: &Page<'_>, frame: &Frame<'_>) -> String {
     let name = super::text::name(&page.view);
     let tab = |path: &str, text: &str, current: bool| {
         html! {
-            li { a href=(href(base, path)) aria-current=[current.then_some("page")] { (text) } }
+            li { a href=(path) aria-current=[current.then_some("page")] { (text) } }
         }
     };
+    let at = |path: &str| format!("{base}{path}");
+    // A router has no slash after the place where it is mounted.
+    let home = if base.is_empty() { "/" } else { base };
     let on = |view: fn(&View) -> bool| view(&page.view);
     html! {
         (DOCTYPE)
@@ -54,10 +57,10 @@ pub(super) fn document(page: &Page<'_>, frame: &Frame<'_>) -> String {
                     h1 { (title) }
                     nav aria-label="Views" {
                         ul {
-                            (tab("", "Overview", on(|v| matches!(v, View::Overview(_)))))
-                            (tab("connections", "Connections", on(|v| matches!(v, View::Connections(_)))))
-                            (tab("pools", "Pools", on(|v| matches!(v, View::Pools(_)))))
-                            (tab("closed", "Closed and failed", on(|v| matches!(v, View::Closed(_)))))
+                            (tab(home, "Overview", on(|v| matches!(v, View::Overview(_)))))
+                            (tab(&at("/connections"), "Connections", on(|v| matches!(v, View::Connections(_)))))
+                            (tab(&at("/pools"), "Pools", on(|v| matches!(v, View::Pools(_)))))
+                            (tab(&at("/closed"), "Closed and failed", on(|v| matches!(v, View::Closed(_)))))
                         }
                     }
                     span #status role="status" { (date(page.generated)) }
@@ -72,15 +75,6 @@ pub(super) fn document(page: &Page<'_>, frame: &Frame<'_>) -> String {
         }
     }
     .into_string()
-}
-
-/// Where a view is. A router that is nested under a path answers there, and not with a slash behind it.
-fn href(base: &str, path: &str) -> String {
-    if path.is_empty() && !base.is_empty() {
-        base.to_owned()
-    } else {
-        format!("{base}/{path}")
-    }
 }
 
 /// What changes.

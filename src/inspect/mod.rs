@@ -270,6 +270,9 @@ impl Conntrack {
             let inspector = inspector.clone();
             async move { inspector.answer(request).await }
         };
-        Ok(axum::Router::new().fallback(answer))
+        // Nested, a router's own root takes a route; its fallback is for all below it.
+        Ok(axum::Router::new()
+            .route("/", axum::routing::any(answer.clone()))
+            .fallback(answer))
     }
 }

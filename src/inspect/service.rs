@@ -211,13 +211,8 @@ impl Inspector {
             return Ok(plain(StatusCode::OK, &done.text));
         }
         let mut response = plain(StatusCode::SEE_OTHER, &done.text);
-        // A router that is nested under a path answers there, and not with a slash behind it.
-        let see = if base.is_empty() {
-            &*done.see
-        } else {
-            done.see.trim_end_matches('/')
-        };
-        let to = HeaderValue::try_from(format!("{base}{see}"));
+        let to = Some(format!("{base}{}", done.see)).filter(|to| !to.is_empty());
+        let to = HeaderValue::try_from(to.unwrap_or_else(|| "/".into()));
         if let Ok(to) = to {
             response.headers_mut().insert(header::LOCATION, to);
         }

@@ -517,10 +517,11 @@ impl Recorder {
     }
 
     pub(crate) fn live(&self) -> Vec<Arc<Connection>> {
-        self.scopes()
-            .iter()
-            .flat_map(|scope| scope.live())
-            .collect()
+        let scopes = self.scopes();
+        let mut live: Vec<_> = scopes.iter().flat_map(|scope| scope.live()).collect();
+        // Each scope's are in order already.
+        live.sort_by_key(|connection| connection.id);
+        live
     }
 
     /// Of these the first by id, after this one; and the last that was looked at, if there were any. One

@@ -1,0 +1,13 @@
+//! The live page as curl and programs see it. (What a browser sees is in `inspect_browser`.)
+
+mod support;
+
+mod inspect {
+    mod actions;
+    mod ask;
+    mod connections;
+    mod pools;
+    mod safety;
+    mod served;
+    mod text;
+}
