@@ -124,6 +124,7 @@ impl Browser {
             .unwrap();
         let shared = Arc::<Shared>::default();
         let messages = BufReader::new(child.stdout.take().unwrap());
+        let commands = child.stdin.take().unwrap();
         let of_reader = shared.clone();
         std::thread::spawn(move || {
             for message in messages.split(0) {
@@ -132,9 +133,10 @@ impl Browser {
             }
             *lock(&of_reader.gone) = true;
             lock(&of_reader.answers).clear();
+            let _ = child.wait();
         });
         Self {
-            commands: Mutex::new(child.stdin.take().unwrap()),
+            commands: Mutex::new(commands),
             next: AtomicU64::new(1),
             shared,
             log,
