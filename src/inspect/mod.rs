@@ -166,7 +166,7 @@ impl Inspector {
 
     /// The page as text of one of the formats. It may take long, and what it takes is owed.
     fn render(&self, place: &Place, filter: Filter, how: &How) -> Option<String> {
-        let begin = Instant::now();
+        let before = budget::spent();
         let page = self.look(place, filter)?;
         let frame = html::Frame {
             base: &how.base,
@@ -183,8 +183,8 @@ impl Inspector {
                 json
             }
         };
-        let now = Instant::now();
-        self.budget.owe(now - begin + budget::EXCHANGE, now);
+        let cost = budget::spent().saturating_sub(before);
+        self.budget.owe(cost + budget::EXCHANGE, Instant::now());
         Some(text)
     }
 }
