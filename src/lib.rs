@@ -54,6 +54,8 @@
 //!   [`Conntrack::track_accepted`].
 //! - **Your own eyes?** [`Observer`], [`Hooks`] and [`channel`] get every event;
 //!   [`Conntrack::stats`] and [`Conntrack::connections`] say what is, at once and consistently.
+//! - **No backend at hand?** [`Builder::inspect`] and [`Conntrack::inspect_router`]: a live page of every
+//!   connection, pool and listener, for browsers, curl and programs (feature `inspect`).
 //! - **What does the kernel say?** [`ConnectionRecord::tcp_info`]: round-trip time, retransmits and
 //!   the TCP state, also of a socket that hyper's pool holds (Linux).
 //!
@@ -77,6 +79,7 @@
 //! | `prometheus` | yes | the scrape endpoint and go-conntrack's names |
 //! | `otel` | by `otlp` | spans and metrics with your own providers |
 //! | `tls` | no | TLS by rustls in the dialer; [`ServerTls`] for servers |
+//! | `inspect` | no | [`Builder::inspect`], [`Conntrack::inspect_router`]: the live page |
 //! | `otlp-tls` | no | `https` endpoints for OTLP |
 //! | `axum`, `tonic` | no | their listener and connect-info traits |
 //! | `stock` | no | [`stock`]: pool events of unmodified reqwest and hyper-util clients; with `hyper`, [`InFlightLimit`] |
@@ -89,6 +92,7 @@
 // Links in the overview point to items of features that may be off.
 #![cfg_attr(
     not(all(
+        feature = "inspect",
         feature = "net",
         feature = "transport",
         feature = "prometheus",

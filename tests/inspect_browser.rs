@@ -227,7 +227,11 @@ async fn rows(tab: &Tab, caption: &str) -> Vec<Row> {
     let rows = tab
         .eval(&format!("(caption => {{ {ROWS} }})({caption:?})"))
         .await;
-    serde_json::from_value(rows).unwrap_or_else(|_| panic!("no table {caption:?}"))
+    if rows.is_null() {
+        let shown = tab.eval("document.body.innerText").await;
+        panic!("no table {caption:?} in {shown}");
+    }
+    serde_json::from_value(rows).unwrap()
 }
 
 /// The row of a table whose first column says this.

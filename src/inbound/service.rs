@@ -216,9 +216,8 @@ pub(crate) struct Counted;
 /// for two of them per connection.
 struct Served {
     connection: Arc<Connection>,
-    /// If it has a trace: which request it is.
-    traced: u32,
-    has_trace: bool,
+    /// Which of the connection's requests it is.
+    number: u64,
     asks: Asks,
 }
 
@@ -246,7 +245,8 @@ impl Served {
         if found && request.extensions().get::<Counted>().is_some() {
             // A server counts it, and knows nothing of spans that were begun since.
             if let Some(trace) = caller.trace() {
-                connection.serves(trace);
+                // The server called us in the step in which it counted the request.
+                connection.serves(connection.requests(), trace);
             }
             return None;
         }
@@ -270,13 +270,13 @@ impl Served {
         if let Some(version) = protocol(version) {
             connection.set_protocol(version);
         }
-        connection.called(http2, last);
-        let trace = caller.trace().or_else(|| traceparent(request.headers()));
-        let traced = trace.map(|trace| connection.serves(trace));
+        let number = connection.called(http2, last).number;
+        if let Some(trace) = caller.trace().or_else(|| traceparent(request.headers())) {
+            connection.serves(number, trace);
+        }
         Some(Self {
             connection: connection.clone(),
-            traced: traced.unwrap_or_default(),
-            has_trace: traced.is_some(),
+            number,
             asks,
         })
     }
@@ -299,9 +299,7 @@ impl Served {
 
 impl Drop for Served {
     fn drop(&mut self) {
-        if self.has_trace {
-            self.connection.served(self.traced);
-        }
+        self.connection.served(self.number);
         self.connection.request_finished();
     }
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::StatusCode;
+use tokio::runtime::Handle;
 
 use crate::event::{CloseReason, ConnectionId, ConnectionState, Direction};
 use crate::inspect::Inspector;
@@ -12,6 +13,8 @@ use crate::record::Connection;
 
 /// How long a drain lasts at most, if nothing else is said.
 const DRAIN: Duration = Duration::from_secs(30);
+
+const BY_OPERATOR: CloseReason = CloseReason::OperatorRequest;
 
 /// What a form asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,7 +99,8 @@ pub(super) fn parse_id(text: &str) -> Option<ConnectionId> {
 }
 
 impl Inspector {
-    pub(super) fn act(&self, action: Action) -> Result<Done, Refusal> {
+    /// Not within a runtime: a pool would take it for its own. `runtime` is for a drain, which waits.
+    pub(super) fn act(&self, action: Action, runtime: &Handle) -> Result<Done, Refusal> {
         let gone = |text: String| refuse(StatusCode::NOT_FOUND, text);
         match action {
             Action::Close(id) => {
@@ -118,7 +122,7 @@ impl Inspector {
                 let pools = self.recorder.live_pools().into_iter();
                 let closed = pools
                     .filter(|pool| *pool.stats().name == *name)
-                    .filter(|pool| Arc::clone(pool).close_idle())
+                    .filter(|pool| Arc::clone(pool).close_idle(BY_OPERATOR))
                     .count();
                 if closed == 0 {
                     return Err(gone(format!(
@@ -148,7 +152,7 @@ impl Inspector {
                 }
                 for door in doors {
                     // Its report is in the counts: what was cut, was closed by `drain_deadline`.
-                    tokio::spawn(door.drain(deadline));
+                    runtime.spawn(door.drain(deadline));
                 }
                 Ok(Done {
                     text: format!("{listener:?} drains, for {deadline:?} at most"),
@@ -166,7 +170,7 @@ impl Inspector {
         let mut closed = 0;
         for pool in own {
             let idle = pool.stats().idle as usize;
-            if pool.close_idle() {
+            if pool.close_idle(BY_OPERATOR) {
                 closed += idle;
             }
         }
@@ -194,7 +198,7 @@ fn close(connection: &Connection) -> bool {
     if !connection.socket.can_shut_down() {
         return false;
     }
-    connection.cut(CloseReason::OperatorRequest);
+    connection.cut(BY_OPERATOR);
     connection.poison();
     connection.socket.shut_down();
     true

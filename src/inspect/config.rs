@@ -17,7 +17,7 @@ use crate::config::ConfigError;
 /// println!("http://{}/", conntrack.inspect_addr().unwrap());
 /// # Ok::<(), otel_conntrack::ConfigError>(())
 /// ```
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[must_use]
 pub struct Inspect {
     pub(crate) address: Option<String>,
@@ -26,6 +26,7 @@ pub struct Inspect {
     actions: bool,
     trace_link: Option<String>,
     title: Option<String>,
+    pub(crate) timelines: bool,
 }
 
 /// What the page goes by, once it was checked.
@@ -48,13 +49,21 @@ impl Inspect {
     pub fn at(address: impl Into<String>) -> Self {
         Self {
             address: Some(address.into()),
-            ..Self::default()
+            ..Self::new()
         }
     }
 
     /// For a router, which is served wherever it is mounted.
-    pub fn new() -> Self {
-        Self::default()
+    pub const fn new() -> Self {
+        Self {
+            address: None,
+            allow_non_loopback: false,
+            hosts: Vec::new(),
+            actions: false,
+            trace_link: None,
+            title: None,
+            timelines: true,
+        }
     }
 
     /// Whether the address may be one that other hosts can reach. Default: no.
@@ -102,6 +111,17 @@ impl Inspect {
         self
     }
 
+    /// Whether connections keep their timelines for the page, also where no span is sampled: the first
+    /// and the last 24 changes of state each. Default: yes.
+    ///
+    /// It costs about half a KiB of memory for each connection that is open, up to 3 KiB for busy ones,
+    /// and with each change of state a look at the clock. Without it, only connections whose spans are
+    /// sampled have one.
+    pub const fn timelines(mut self, keep: bool) -> Self {
+        self.timelines = keep;
+        self
+    }
+
     /// The listener, bound, if it has an address of its own.
     pub(crate) fn bind(&self) -> Result<Option<TcpListener>, ConfigError> {
         let Some(address) = &self.address else {
@@ -140,7 +160,7 @@ impl Inspect {
                      and port",
                 ));
             }
-            hosts.push(host.to_ascii_lowercase());
+            hosts.push(host.trim_end_matches('.').to_ascii_lowercase());
         }
         if let Some(link) = &self.trace_link {
             let scheme = link.split_once("://").map(|(scheme, _)| scheme);
@@ -172,6 +192,12 @@ impl Inspect {
             trace_link: self.trace_link.clone(),
             title: self.title.clone().unwrap_or_else(program),
         })
+    }
+}
+
+impl Default for Inspect {
+    fn default() -> Self {
+        Self::new()
     }
 }
 

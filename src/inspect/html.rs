@@ -12,7 +12,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 use crate::event::{ConnectionState, Direction, Endpoint};
 use crate::inspect::query::{Filter, ROWS, STATES, Sort, text as duration};
 use crate::inspect::text::{bytes, clean, date, facts, maybe, time, tls_version};
-use crate::inspect::view::{Closed, Connections, One, Page, Row, Trace, View};
+use crate::inspect::view::{Closed, Connections, One, Page, Row, TraceView, View};
 
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
@@ -68,6 +68,9 @@ pub(super) fn document(page: &Page<'_>, frame: &Frame<'_>) -> String {
                 }
                 @if let View::Connections(view) = &page.view {
                     (filter_form(base, &view.filter))
+                }
+                @if let View::Closed(view) = &page.view {
+                    (closed_form(base, &view.filter))
                 }
                 main #main tabindex="-1" { (content(page, frame)) }
                 script nonce=(frame.nonce) { (PreEscaped(SCRIPT)) }
@@ -134,23 +137,31 @@ fn unseen(caption: &str) -> Markup {
 
 // === connections ===
 
+fn field(name: &str, text: &str, value: Option<String>, hint: &str) -> Markup {
+    html! {
+        label { (text) input name=(name) value=(value.unwrap_or_default()) placeholder=(hint) size="12" autocomplete="off"; }
+    }
+}
+
+/// Which connections, open or closed.
+fn whose(filter: &Filter) -> Markup {
+    html! {
+        (field("name", "Name", filter.name.as_ref().map(ToString::to_string), ""))
+        label { "Direction" select name="direction" {
+            option value="" { "any" }
+            @for direction in [Direction::Inbound, Direction::Outbound] {
+                option value=(direction) selected[filter.direction == Some(direction)] { (direction) }
+            }
+        } }
+        (field("host", "Host", filter.host.clone(), ""))
+    }
+}
+
 fn filter_form(base: &str, filter: &Filter) -> Markup {
-    let field = |name: &str, text: &str, value: Option<String>, hint: &str| {
-        html! {
-            label { (text) input name=(name) value=(value.unwrap_or_default()) placeholder=(hint) size="12" autocomplete="off"; }
-        }
-    };
     html! {
         div #filter {
             form method="get" action={ (base) "/connections" } role="search" aria-label="Filter" {
-                (field("name", "Name", filter.name.clone(), ""))
-                label { "Direction" select name="direction" {
-                    option value="" { "any" }
-                    @for direction in [Direction::Inbound, Direction::Outbound] {
-                        option value=(direction) selected[filter.direction == Some(direction)] { (direction) }
-                    }
-                } }
-                (field("host", "Host", filter.host.clone(), ""))
+                (whose(filter))
                 label { "State" select name="state" {
                     option value="" { "any" }
                     @for state in STATES {
@@ -166,6 +177,18 @@ fn filter_form(base: &str, filter: &Filter) -> Markup {
                 } }
                 button type="submit" { "Filter" }
                 a href={ (base) "/connections" } { "Clear" }
+            }
+        }
+    }
+}
+
+fn closed_form(base: &str, filter: &Filter) -> Markup {
+    html! {
+        div #filter {
+            form method="get" action={ (base) "/closed" } role="search" aria-label="Filter" {
+                (whose(filter))
+                button type="submit" { "Filter" }
+                a href={ (base) "/closed" } { "Clear" }
             }
         }
     }
@@ -300,7 +323,9 @@ fn one(view: &One, frame: &Frame<'_>) -> Markup {
                 @if let Some(active) = row.active { ", active for " (time(active)) } "." }
             ol {
                 @for serving in &view.serving {
-                    li { (trace_link(&serving.trace))
+                    li {
+                        @if let Some(request) = serving.request { "request " (request) " " }
+                        @if let Some(trace) = &serving.trace { (trace_link(trace)) }
                         @if let Some(since) = serving.since { " for " (time(since)) } }
                 }
             }
@@ -321,7 +346,7 @@ fn one(view: &One, frame: &Frame<'_>) -> Markup {
     }
 }
 
-fn trace_link(trace: &Trace) -> Markup {
+fn trace_link(trace: &TraceView) -> Markup {
     html! {
         @match &trace.link {
             Some(link) => a href=(link) rel="noreferrer" { (trace.trace_id) },

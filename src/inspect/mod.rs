@@ -32,11 +32,12 @@ mod view;
 use std::sync::{Arc, Mutex, Weak, mpsc};
 use std::time::{Duration, Instant, SystemTime};
 
+use http::StatusCode;
 use tokio::sync::Semaphore;
 
 use self::budget::Budget;
 use self::config::{Inspect, Settings};
-use self::guard::Token;
+use self::guard::{Refusal, Token, refuse};
 use self::query::{Filter, Format};
 use self::table::Table;
 use self::trend::Trend;
@@ -44,6 +45,7 @@ use self::view::{Closed, Connections, Link, One, Overview, Page, Pools, View};
 use crate::config::ConfigError;
 use crate::conntrack::Conntrack;
 use crate::event::ConnectionId;
+use crate::record::recorder::Watch;
 use crate::record::{Recorder, lock};
 
 /// Requests that are answered at a time; more are refused.
@@ -53,6 +55,8 @@ const VIEWERS: usize = 8;
 /// A table serves for so long, and for so many times what it cost.
 const FRESH: Duration = Duration::from_secs(1);
 const TIMES_ITS_COST: u32 = 100;
+/// But no longer than that.
+const STALE: Duration = Duration::from_secs(10);
 /// Nobody looked for so long: the memory is given back.
 const UNUSED: Duration = Duration::from_secs(30);
 
@@ -63,12 +67,15 @@ pub(crate) struct Inspector {
     token: Token,
     budget: Budget,
     requests: Arc<Semaphore>,
+    /// Whoever has it makes a page; the others wait, in order.
+    turn: Arc<tokio::sync::Mutex<()>>,
     viewers: Arc<Semaphore>,
     table: Mutex<Option<Arc<Table>>>,
     trend: Trend,
     born: Instant,
     /// Its drop ends the thread that follows the trend.
     _stop: mpsc::Sender<()>,
+    _watch: Watch,
 }
 
 /// Which page.
@@ -98,13 +105,14 @@ impl Inspector {
             token,
             budget: Budget::new(Instant::now()),
             requests: Arc::new(Semaphore::new(REQUESTS)),
+            turn: Arc::default(),
             viewers: Arc::new(Semaphore::new(VIEWERS)),
             table: Mutex::default(),
             trend: Trend::default(),
             born: Instant::now(),
             _stop: stop,
+            _watch: recorder.watch(inspect.timelines),
         });
-        recorder.watch();
         inspector.step();
         let weak = Arc::downgrade(&inspector);
         std::thread::Builder::new()
@@ -127,8 +135,9 @@ impl Inspector {
     /// thread that others wait for.
     fn table(&self) -> Arc<Table> {
         let mut slot = lock(&self.table);
-        let fresh =
-            |table: &&Arc<Table>| table.taken.elapsed() < FRESH.max(table.cost * TIMES_ITS_COST);
+        let fresh = |table: &&Arc<Table>| {
+            table.taken.elapsed() < (table.cost * TIMES_ITS_COST).clamp(FRESH, STALE)
+        };
         if let Some(table) = slot.as_ref().filter(fresh) {
             return table.clone();
         }
@@ -147,14 +156,14 @@ impl Inspector {
             Place::Overview => View::Overview(Overview::take(recorder, trend, self.born.elapsed())),
             Place::Connections => {
                 recorder.look();
-                View::Connections(Connections::take(recorder, &self.table(), filter))
+                View::Connections(Connections::take(&self.table(), filter))
             }
             Place::Connection(id) => {
                 let connection = recorder.find_connection(*id)?;
-                View::Connection(Box::new(One::new(&connection, &link)))
+                View::Connection(Box::new(One::new(recorder, &connection, &link)))
             }
-            Place::Pools => View::Pools(Pools::take(recorder, trend, &link)),
-            Place::Closed => View::Closed(Closed::take(recorder, &filter)),
+            Place::Pools => View::Pools(Pools::take(recorder, trend, filter.rows, &link)),
+            Place::Closed => View::Closed(Closed::take(recorder, filter)),
         };
         Some(Page {
             version: view::VERSION,
@@ -165,27 +174,34 @@ impl Inspector {
     }
 
     /// The page as text of one of the formats. It may take long, and what it takes is owed.
-    fn render(&self, place: &Place, filter: Filter, how: &How) -> Option<String> {
+    fn render(&self, place: &Place, filter: Filter, how: &How) -> Result<String, Refusal> {
         let before = budget::spent();
-        let page = self.look(place, filter)?;
+        let text = self.text(place, filter, how);
+        let cost = budget::spent().saturating_sub(before);
+        self.budget.owe(cost, Instant::now());
+        text
+    }
+
+    fn text(&self, place: &Place, filter: Filter, how: &How) -> Result<String, Refusal> {
+        let page = self.look(place, filter).ok_or_else(|| {
+            let text = "no such connection: it was closed, and is not remembered any more";
+            refuse(StatusCode::NOT_FOUND, text)
+        })?;
         let frame = html::Frame {
             base: &how.base,
             nonce: &how.nonce,
             token: self.settings.actions.then(|| self.token.text()),
         };
-        let text = match how.format {
+        Ok(match how.format {
             Format::Html if how.content_only => html::content(&page, &frame).into_string(),
             Format::Html => html::document(&page, &frame),
             Format::Text => text::render(&page),
             Format::Json => {
-                let mut json = serde_json::to_string(&page).unwrap_or_default();
-                json.push('\n');
-                json
+                let json = serde_json::to_string(&page);
+                json.map_err(|error| refuse(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?
+                    + "\n"
             }
-        };
-        let cost = budget::spent().saturating_sub(before);
-        self.budget.owe(cost + budget::EXCHANGE, Instant::now());
-        Some(text)
+        })
     }
 }
 
@@ -212,7 +228,8 @@ impl Conntrack {
     /// The live page as an axum router, to be mounted where you like; a `tower` service, too.
     ///
     /// It has the defaults of [`Inspect`]: it shows and does nothing, and answers only under
-    /// `localhost`, names that end in `.localhost`, and IP addresses. It has no password: mount it where only operators get to.
+    /// `localhost`, names that end in `.localhost`, and IP addresses. It has no password: mount it where only operators
+    /// get to.
     /// From here on it follows the last ten minutes, in a thread that ends with the router.
     ///
     /// ```
@@ -239,7 +256,8 @@ impl Conntrack {
     /// seconds, moments in seconds since 1970.
     ///
     /// It costs less than a hundredth of one processor: what it takes is timed, and who asks more often
-    /// than that allows waits, or is told to come back (429).
+    /// than that allows waits, or is told to come back (429). While it lives, connections also remember
+    /// since when they are active, and their timelines: see [`Inspect::timelines`].
     ///
     /// A page that is open holds its connection for up to 30 s at a time, so a graceful shutdown of the
     /// server that it is mounted in may take as long.

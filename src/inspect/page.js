@@ -47,7 +47,8 @@
     const url = new URL(location.href);
     url.searchParams.set('live', '1');
     source = new EventSource(url.pathname + url.search);
-    source.onmessage = event => { update(event.data); say('live', 'live'); };
+    source.addEventListener('update', event => { update(event.data); say('live', 'live'); });
+    source.addEventListener('gone', () => { stop(); say('late', 'no longer there'); });
     source.onerror = () => {
       clearTimeout(late);
       // A stream ends now and then and begins anew at once: worth a word only if it does not. One that was

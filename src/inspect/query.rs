@@ -1,8 +1,10 @@
 //! What is asked for: the page's query string, understood or refused with a word on what is wrong.
 
+use std::fmt;
 use std::time::Duration;
 
 use crate::event::{ConnectionState, Direction};
+use crate::inspect::Place;
 
 /// Rows of a page that says nothing else.
 pub(super) const ROWS: usize = 50;
@@ -70,10 +72,44 @@ impl Sort {
     }
 }
 
+/// A listener's or dialer's name, or a part of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Name {
+    /// `=name`: this one.
+    Exactly(String),
+    /// In lower case.
+    Part(String),
+}
+
+impl Name {
+    fn parse(text: &str) -> Self {
+        match text.strip_prefix('=') {
+            Some(name) => Self::Exactly(name.to_owned()),
+            None => Self::Part(text.to_lowercase()),
+        }
+    }
+
+    pub(super) fn is(&self, name: &str) -> bool {
+        match self {
+            Self::Exactly(whole) => name == whole,
+            Self::Part(part) => name.to_lowercase().contains(part),
+        }
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exactly(name) => write!(f, "={name}"),
+            Self::Part(part) => f.write_str(part),
+        }
+    }
+}
+
 /// Which connections, in which order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Filter {
-    pub(super) name: Option<String>,
+    pub(super) name: Option<Name>,
     pub(super) direction: Option<Direction>,
     /// Part of the host, in lower case: of the target, or of an accepted connection's peer.
     pub(super) host: Option<String>,
@@ -123,9 +159,30 @@ pub(super) const STATES: [ConnectionState; 6] = [
     ConnectionState::Hijacked,
 ];
 
+/// What each view understands beside `format`.
+const OF_CONNECTIONS: &[&str] = &[
+    "name",
+    "direction",
+    "host",
+    "state",
+    "older_than",
+    "idle_longer_than",
+    "sort",
+    "page",
+    "rows",
+];
+const OF_CLOSED: &[&str] = &["name", "direction", "host", "page", "rows"];
+const OF_POOLS: &[&str] = &["rows"];
+
 impl Query {
     /// What is empty is not asked for: a form sends all its fields.
-    pub(super) fn parse(query: &str) -> Result<Self, String> {
+    pub(super) fn parse(query: &str, place: &Place) -> Result<Self, String> {
+        let understood = match place {
+            Place::Connections => OF_CONNECTIONS,
+            Place::Closed => OF_CLOSED,
+            Place::Pools => OF_POOLS,
+            Place::Overview | Place::Connection(_) => &[],
+        };
         if query.len() > LONGEST {
             return Err(format!("the query is longer than {LONGEST} bytes"));
         }
@@ -137,8 +194,16 @@ impl Query {
                 continue;
             }
             let bad = |help: &str| Err(format!("{key} = {value:?}: {help}"));
+            if !understood.contains(&&*key) && !matches!(&*key, "format" | "live") {
+                let mut known = understood.to_vec();
+                known.push("format");
+                return Err(format!(
+                    "{key} is not known here; {}",
+                    one_of(known.into_iter())
+                ));
+            }
             match &*key {
-                "name" => filter.name = Some(value.to_owned()),
+                "name" => filter.name = Some(Name::parse(value)),
                 "host" => filter.host = Some(value.to_lowercase()),
                 "direction" => match value {
                     "inbound" | "in" => filter.direction = Some(Direction::Inbound),
@@ -186,12 +251,7 @@ impl Query {
                     _ => return bad("html, json or text"),
                 },
                 "live" => parsed.live = value == "1",
-                _ => {
-                    return Err(format!(
-                        "{key} is not known: name, direction, host, state, older_than, \
-                         idle_longer_than, sort, page, rows and format are"
-                    ));
-                }
+                _ => {}
             }
         }
         Ok(parsed)
@@ -232,7 +292,7 @@ impl Filter {
                 query.append_pair(key, &value);
             }
         };
-        put("name", self.name.clone());
+        put("name", self.name.as_ref().map(ToString::to_string));
         put("direction", self.direction.map(|d| d.as_str().into()));
         put("host", self.host.clone());
         put("state", self.state.map(|state| state.as_str().into()));
@@ -286,8 +346,12 @@ pub(super) fn text(time: Duration) -> String {
 mod tests {
     use super::*;
 
+    fn parse(query: &str) -> Result<Query, String> {
+        Query::parse(query, &Place::Connections)
+    }
+
     fn filter(query: &str) -> Filter {
-        Query::parse(query).unwrap().filter
+        parse(query).unwrap().filter
     }
 
     #[test]
@@ -296,7 +360,7 @@ mod tests {
             "name=api&direction=in&host=Example&state=idle&older_than=5m&idle_longer_than=500ms\
              &sort=-requests&page=3&rows=10",
         );
-        assert_eq!(all.name.as_deref(), Some("api"));
+        assert_eq!(all.name, Some(Name::Part("api".into())));
         assert_eq!(all.direction, Some(Direction::Inbound));
         assert_eq!(all.host.as_deref(), Some("example"));
         assert_eq!(all.state, Some(ConnectionState::Idle));
@@ -305,7 +369,7 @@ mod tests {
         assert_eq!((all.sort, all.descending), (Sort::Requests, false));
         assert_eq!((all.page, all.rows), (3, 10));
         assert_eq!(filter("name=&state=&sort="), Filter::default());
-        let query = Query::parse("format=json&live=1").unwrap();
+        let query = parse("format=json&live=1").unwrap();
         assert_eq!((query.format, query.live), (Some(Format::Json), true));
     }
 
@@ -323,14 +387,10 @@ mod tests {
             ("format=xml", "html, json or text"),
             ("nam=api", "nam is not known"),
         ] {
-            let error = Query::parse(query).unwrap_err();
+            let error = parse(query).unwrap_err();
             assert!(error.contains(part), "{query}: {error}");
         }
-        assert!(
-            Query::parse(&"a".repeat(3_000))
-                .unwrap_err()
-                .contains("longer")
-        );
+        assert!(parse(&"a".repeat(3_000)).unwrap_err().contains("longer"));
     }
 
     #[test]
@@ -340,30 +400,47 @@ mod tests {
             (once.sort, once.descending, once.page),
             (Sort::Read, true, 1)
         );
-        assert_eq!(once.name.as_deref(), Some("a"));
+        assert_eq!(once.name, Some(Name::Part("a".into())));
         let twice = filter(&once.sorted_by(Sort::Read));
         assert!(!twice.descending);
         assert!(!filter(&twice.sorted_by(Sort::Host)).descending);
     }
 
+    #[test]
+    fn a_view_refuses_what_it_does_not_heed() {
+        let refused = |query: &str, place: &Place| Query::parse(query, place).is_err();
+        assert!(refused("state=idle", &Place::Closed));
+        assert!(!refused("host=a&page=2", &Place::Closed));
+        assert!(refused("name=a", &Place::Overview));
+        assert!(!refused("format=json", &Place::Overview));
+        assert!(!refused("rows=100", &Place::Pools));
+    }
+
+    #[test]
+    fn a_name_is_a_part_or_with_a_sign_the_whole() {
+        let is = |text: &str, name: &str| Name::parse(text).is(name);
+        assert!(is("API", "my-api-admin") && is("=api", "api"));
+        assert!(!is("=api", "api-admin") && !is("=API", "api"));
+    }
+
     proptest::proptest! {
         #[test]
         fn no_query_is_too_wild(query: String) {
-            let _ = Query::parse(&query);
+            let _ = parse(&query);
         }
 
         #[test]
         fn a_filter_says_itself(name in "[ -~]{1,20}", seconds in 0_u64..1_000_000, page in 1_usize..9, sort in 0_usize..10, descending: bool) {
             proptest::prop_assume!(!name.trim().is_empty());
             let filter = Filter {
-                name: Some(name.trim().to_owned()),
+                name: Some(Name::parse(name.trim())),
                 older_than: Some(Duration::from_millis(seconds)),
                 sort: Sort::ALL[sort],
                 descending,
                 page,
                 ..Filter::default()
             };
-            proptest::prop_assert_eq!(Query::parse(&filter.query()).unwrap().filter, filter);
+            proptest::prop_assert_eq!(parse(&filter.query()).unwrap().filter, filter);
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -21,6 +21,8 @@ use crate::record::Recorder;
 const CONNECTIONS: usize = 64;
 /// How long a client may take for a request's head, also between two.
 const HEAD: Duration = Duration::from_secs(30);
+/// How long a connection may last: a reader that does not read must not hold its place for ever.
+const LIFE: Duration = Duration::from_secs(600);
 /// Threads that make pages.
 const MAKERS: usize = 2;
 
@@ -47,16 +49,27 @@ impl Serving {
         let bound = listener.local_addr().map_err(refused)?;
         listener.set_nonblocking(true).map_err(refused)?;
         let inspector = Inspector::new(recorder, inspect)?;
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .max_blocking_threads(MAKERS)
-            .thread_name("conntrack-inspect")
-            .build()
-            .map_err(refused)?;
         let (stop, stopped) = oneshot::channel::<Infallible>();
+        let (begun, begins) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("conntrack-inspect".into())
+            // A runtime must not end within another, whatever goes wrong here: it lives on its thread.
             .spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread()
+                    .enable_all()
+                    .max_blocking_threads(MAKERS)
+                    .thread_name("conntrack-inspect")
+                    .build();
+                let runtime = match runtime {
+                    Ok(runtime) => {
+                        let _ = begun.send(Ok(()));
+                        runtime
+                    }
+                    Err(error) => {
+                        let _ = begun.send(Err(error));
+                        return;
+                    }
+                };
                 runtime.block_on(async {
                     tokio::select! {
                         _ = stopped => {}
@@ -66,6 +79,11 @@ impl Serving {
                 // Pages that are being made are nobody's by now.
                 runtime.shutdown_background();
             })
+            .map_err(refused)?;
+        let ended = || std::io::Error::other("it ended at once");
+        begins
+            .recv()
+            .unwrap_or_else(|_| Err(ended()))
             .map_err(refused)?;
         Ok(Some(Self {
             address: bound,
@@ -114,11 +132,11 @@ async fn accept(listener: TcpListener, inspector: Arc<Inspector>) {
                 async move { Ok::<_, Infallible>(inspector.answer(request.map(Body::new)).await) }
             });
             // How a reader's connection ends is its own business.
-            let _ = hyper::server::conn::http1::Builder::new()
+            let serve = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(HEAD)
-                .serve_connection(TokioIo::new(stream), answer)
-                .await;
+                .serve_connection(TokioIo::new(stream), answer);
+            let _ = tokio::time::timeout(LIFE, serve).await;
         });
     }
 }

@@ -9,9 +9,11 @@ use axum::extract::OriginalUri;
 use futures_util::stream;
 use http::request::Parts;
 use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::runtime::Handle;
+use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, oneshot};
 
-use crate::inspect::action::{Action, parse_id};
+use crate::inspect::action::{Action, Done, parse_id};
+use crate::inspect::budget::{Budget, EXCHANGE};
 use crate::inspect::guard::{self, Refusal, refuse};
 use crate::inspect::query::{Filter, Format, Query};
 use crate::inspect::{How, Inspector, Place, html};
@@ -22,8 +24,11 @@ const UPDATE: Duration = Duration::from_secs(2);
 const STREAM: Duration = Duration::from_secs(30);
 /// Who would have to wait longer is told to come back.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// A form is no longer than that.
+/// Who is refused is told after so long at least.
+const TOLD: Duration = Duration::from_millis(20);
+/// A form is no longer than that, and takes no longer to be sent.
 const FORM: usize = 4_096;
+const SENDING: Duration = Duration::from_secs(5);
 
 impl Inspector {
     pub(crate) async fn answer(self: Arc<Self>, request: Request<Body>) -> Response<Body> {
@@ -34,7 +39,18 @@ impl Inspector {
             Err(_) => return plain(StatusCode::INTERNAL_SERVER_ERROR, "no random numbers"),
         };
         let result = self.try_answer(&parts, body, &mut format, &nonce).await;
-        let mut response = result.unwrap_or_else(|refusal| refused(&refusal, format, &nonce));
+        let mut response = match result {
+            Ok(response) => response,
+            Err(refusal) => {
+                // Who does not listen is told no faster for it.
+                if refusal.status != StatusCode::TOO_MANY_REQUESTS {
+                    let wait = self.budget.wait(Instant::now());
+                    tokio::time::sleep(wait.clamp(TOLD, PATIENCE)).await;
+                }
+                refused(&refusal, format, &nonce)
+            }
+        };
+        self.budget.owe(EXCHANGE, Instant::now());
         if parts.method == Method::HEAD {
             *response.body_mut() = Body::empty();
         }
@@ -50,18 +66,21 @@ impl Inspector {
         nonce: &str,
     ) -> Result<Response<Body>, Refusal> {
         guard::check(&self.settings, parts)?;
-        let query = Query::parse(parts.uri.query().unwrap_or_default())
-            .map_err(|text| refuse(StatusCode::BAD_REQUEST, text))?;
-        *format = query.format.unwrap_or(*format);
         let base = base(parts);
         let path = parts.uri.path().trim_end_matches('/');
-        if let Some(of) = path.strip_prefix("/actions/") {
+        let (place, acts) = match path.strip_prefix("/actions/") {
+            Some(of) => (Place::Overview, Some(of)),
+            None => (place(path)?, None),
+        };
+        let query = Query::parse(parts.uri.query().unwrap_or_default(), &place)
+            .map_err(|text| refuse(StatusCode::BAD_REQUEST, text))?;
+        *format = query.format.unwrap_or(*format);
+        if let Some(of) = acts {
             return self.do_it(parts, of, body, &base, *format).await;
         }
         if parts.method == Method::POST {
             return Err(refuse(StatusCode::METHOD_NOT_ALLOWED, "GET it"));
         }
-        let place = place(path)?;
         let how = How {
             format: *format,
             content_only: query.live,
@@ -76,9 +95,13 @@ impl Inspector {
             let filter = query.filter;
             return self.stream(place, filter, how, parts.method == Method::HEAD);
         }
-        let _seat = self.seat()?;
-        self.wait_for_turn().await?;
-        let text = self.page(place, query.filter, how).await?;
+        let seat = self.seat()?;
+        let turn = tokio::time::timeout(PATIENCE, self.turn(Budget::wait)).await;
+        let turn = turn.map_err(|_| {
+            let text = "the page was asked for more than it may cost; try again in a moment";
+            refuse(StatusCode::TOO_MANY_REQUESTS, text)
+        })?;
+        let text = self.page(place, query.filter, how, (seat, turn)).await?;
         Ok(content(text, *format))
     }
 
@@ -92,39 +115,35 @@ impl Inspector {
         self.requests.clone().try_acquire_owned().map_err(busy)
     }
 
-    /// Waits until what was owed is paid.
-    async fn wait_for_turn(&self) -> Result<(), Refusal> {
-        let wait = self.budget.wait(Instant::now());
-        if wait > PATIENCE {
-            let text = "the page was asked for more than it may cost; try again in a moment";
-            return Err(refuse(StatusCode::TOO_MANY_REQUESTS, text));
+    /// Waits until what was owed is paid, in order. While it is held nobody else makes a page.
+    async fn turn(&self, wait: fn(&Budget, Instant) -> Duration) -> OwnedMutexGuard<()> {
+        loop {
+            tokio::time::sleep(wait(&self.budget, Instant::now())).await;
+            let turn = self.turn.clone().lock_owned().await;
+            if wait(&self.budget, Instant::now()).is_zero() {
+                return turn;
+            }
         }
-        if !wait.is_zero() {
-            tokio::time::sleep(wait).await;
-        }
-        Ok(())
     }
 
-    /// Rendered on a thread that nobody waits for.
-    async fn page(
+    /// Rendered on a thread that nobody waits for. `held` is given back when that is done, also if who
+    /// asked is gone by then.
+    async fn page<H: Send + 'static>(
         self: &Arc<Self>,
         place: Place,
         filter: Filter,
         how: How,
+        held: H,
     ) -> Result<String, Refusal> {
         let inspector = self.clone();
-        let page = tokio::task::spawn_blocking(move || inspector.render(&place, filter, &how));
-        match page.await {
-            Ok(Some(text)) => Ok(text),
-            Ok(None) => Err(refuse(
-                StatusCode::NOT_FOUND,
-                "no such connection: it was closed, and is not remembered any more",
-            )),
-            Err(_) => Err(refuse(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                "the page could not be made",
-            )),
-        }
+        let page = tokio::task::spawn_blocking(move || {
+            let _held = held;
+            inspector.render(&place, filter, &how)
+        });
+        page.await.unwrap_or_else(|_| {
+            let text = "the page could not be made";
+            Err(refuse(StatusCode::INTERNAL_SERVER_ERROR, text))
+        })
     }
 
     /// Tells an open page what changes (server-sent events).
@@ -137,32 +156,23 @@ impl Inspector {
     ) -> Result<Response<Body>, Refusal> {
         let full = |_| refuse(StatusCode::SERVICE_UNAVAILABLE, "too many pages are open");
         let seat = self.viewers.clone().try_acquire_owned().map_err(full)?;
-        let begin = Instant::now();
-        let state = (self.clone(), seat, String::new(), None::<Instant>);
-        let updates = stream::unfold(state, move |(inspector, seat, before, last)| {
-            let (place, filter, how) = (place.clone(), filter.clone(), how.clone());
-            async move {
-                if begin.elapsed() > STREAM {
-                    return None;
-                }
-                if last.is_some() {
-                    tokio::time::sleep(UPDATE).await;
-                }
-                let wait = inspector.budget.wait(Instant::now());
-                if !wait.is_zero() {
-                    tokio::time::sleep(wait.min(STREAM)).await;
-                }
-                let now = inspector.page(place, filter, how).await.ok()?;
-                let event = if now == before {
-                    // Keeps the connection, and tells us when it is gone.
-                    Bytes::from_static(b": same\n\n")
-                } else {
-                    Bytes::from(event(&now))
-                };
-                let state = (inspector, seat, now, Some(Instant::now()));
-                Some((Ok::<_, Infallible>(event), state))
-            }
+        // A client that does not read keeps the stream from its end, but not its seat.
+        let (alive, ended) = oneshot::channel::<Infallible>();
+        tokio::spawn(async move {
+            let _ = tokio::time::timeout(STREAM * 2, ended).await;
+            drop(seat);
         });
+        let viewer = Viewer {
+            inspector: self.clone(),
+            place,
+            filter,
+            how,
+            until: Instant::now() + STREAM,
+            before: None,
+            gone: false,
+            _alive: alive,
+        };
+        let updates = stream::unfold(viewer, Viewer::next);
         let body = if head {
             Body::empty()
         } else {
@@ -197,16 +207,16 @@ impl Inspector {
         if !given.is_some_and(|given| given.as_bytes().starts_with(form.as_bytes())) {
             return Err(refuse(StatusCode::UNSUPPORTED_MEDIA_TYPE, form));
         }
-        let _seat = self.seat()?;
-        let body = axum::body::to_bytes(body, FORM)
-            .await
+        let body = tokio::time::timeout(SENDING, axum::body::to_bytes(body, FORM)).await;
+        let body = body
+            .map_err(|_| refuse(StatusCode::REQUEST_TIMEOUT, "the form took too long"))?
             .map_err(|_| refuse(StatusCode::PAYLOAD_TOO_LARGE, "a form has at most 4 KiB"))?;
         let (action, token) = Action::parse(of, &body)?;
         if !self.token.is(&token) {
             let text = "the token is not this process's: load the page again";
             return Err(refuse(StatusCode::FORBIDDEN, text));
         }
-        let done = self.act(action)?;
+        let done = self.act_apart(action).await?;
         if format != Format::Html {
             return Ok(plain(StatusCode::OK, &done.text));
         }
@@ -217,6 +227,80 @@ impl Inspector {
             response.headers_mut().insert(header::LOCATION, to);
         }
         Ok(response)
+    }
+}
+
+impl Inspector {
+    /// Acts on a thread without a runtime.
+    async fn act_apart(self: &Arc<Self>, action: Action) -> Result<Done, Refusal> {
+        let (done, outcome) = oneshot::channel();
+        let (inspector, runtime) = (self.clone(), Handle::current());
+        let begun = std::thread::Builder::new()
+            .name("conntrack-action".into())
+            .spawn(move || {
+                let _ = done.send(inspector.act(action, &runtime));
+            });
+        let failed = || {
+            let text = "the action's thread could not be started";
+            refuse(StatusCode::INTERNAL_SERVER_ERROR, text)
+        };
+        begun.map_err(|_| failed())?;
+        outcome.await.unwrap_or_else(|_| Err(failed()))
+    }
+}
+
+/// An open page.
+struct Viewer {
+    inspector: Arc<Inspector>,
+    place: Place,
+    filter: Filter,
+    how: How,
+    until: Instant,
+    /// What it was told last.
+    before: Option<String>,
+    gone: bool,
+    _alive: oneshot::Sender<Infallible>,
+}
+
+impl Viewer {
+    /// What it is told next.
+    async fn next(mut self) -> Option<(Result<Bytes, Infallible>, Self)> {
+        if self.gone || Instant::now() >= self.until {
+            return None;
+        }
+        if self.before.is_some() {
+            tokio::time::sleep(UPDATE).await;
+        }
+        let (inspector, rest) = (
+            self.inspector.clone(),
+            self.until.saturating_duration_since(Instant::now()),
+        );
+        let turn = inspector.turn(Budget::wait_of_stream);
+        let event = match tokio::time::timeout(rest, turn).await {
+            // It costs too much now.
+            Err(_) => Bytes::from_static(b": later\n\n"),
+            Ok(turn) => {
+                let (place, filter) = (self.place.clone(), self.filter.clone());
+                let page = inspector.page(place, filter, self.how.clone(), turn).await;
+                inspector.budget.owe(EXCHANGE, Instant::now());
+                match page {
+                    // Keeps the connection, and tells us when it is gone.
+                    Ok(now) if self.before.as_ref() == Some(&now) => {
+                        Bytes::from_static(b": same\n\n")
+                    }
+                    Ok(now) => {
+                        let event = event("update", &now);
+                        self.before = Some(now);
+                        Bytes::from(event)
+                    }
+                    Err(refusal) => {
+                        self.gone = true;
+                        Bytes::from(event("gone", &refusal.text))
+                    }
+                }
+            }
+        };
+        Some((Ok(event), self))
     }
 }
 
@@ -270,9 +354,11 @@ fn asked_format(parts: &Parts) -> Format {
 }
 
 /// A server-sent event; each line of its data begins anew.
-fn event(text: &str) -> String {
+fn event(name: &str, text: &str) -> String {
     let mut event = String::with_capacity(text.len() + 64);
-    event.push_str("retry: 1000\n");
+    event.push_str("retry: 1000\nevent: ");
+    event.push_str(name);
+    event.push('\n');
     for line in text.split(['\n', '\r']) {
         event.push_str("data: ");
         event.push_str(line);
@@ -303,7 +389,7 @@ fn refused(refusal: &Refusal, format: Format, nonce: &str) -> Response<Body> {
     let (status, text) = (refusal.status, &*refusal.text);
     let mut response = match format {
         Format::Html => content(html::error(status, text, nonce), Format::Html),
-        Format::Text => plain(status, &super::text::clean(text)),
+        Format::Text => plain(status, &super::text::escaped(text)),
         Format::Json => {
             let json = serde_json::json!({ "version": super::view::VERSION, "error": text });
             content(format!("{json}\n"), Format::Json)
@@ -396,7 +482,14 @@ mod tests {
 
     #[test]
     fn an_event_keeps_its_lines_together() {
-        assert_eq!(event("a\nb"), "retry: 1000\ndata: a\ndata: b\n\n");
-        assert_eq!(event("a\rid: 1"), "retry: 1000\ndata: a\ndata: id: 1\n\n");
+        let begin = "retry: 1000\nevent: update\n";
+        assert_eq!(
+            event("update", "a\nb"),
+            format!("{begin}data: a\ndata: b\n\n")
+        );
+        assert_eq!(
+            event("update", "a\rid: 1"),
+            format!("{begin}data: a\ndata: id: 1\n\n")
+        );
     }
 }

@@ -4,6 +4,7 @@
 //! the memory. So one look makes a [`Table`], which serves every reader for a while, and the records
 //! themselves are asked only for the rows that are shown.
 
+use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -56,7 +57,10 @@ enum Host {
 
 /// A page of what was found.
 pub(super) struct Found {
-    pub(super) ids: Vec<ConnectionId>,
+    pub(super) connections: Vec<Arc<Connection>>,
+    /// Which page it is: the last one, if a later one was asked for.
+    pub(super) page: usize,
+    pub(super) pages: usize,
     /// How many there are on all pages.
     pub(super) matching: usize,
     /// How many there are at all.
@@ -87,31 +91,27 @@ impl Table {
     }
 
     pub(super) fn find(&self, filter: &Filter) -> Found {
-        let wanted: Vec<bool> =
-            self.scopes
-                .iter()
-                .map(|scope| {
-                    let named = filter.name.as_ref().is_none_or(|name| {
-                        scope.name.to_lowercase().contains(&name.to_lowercase())
-                    });
-                    named && filter.direction.is_none_or(|d| d == scope.direction)
-                })
-                .collect();
+        let wanted: Vec<bool> = self
+            .scopes
+            .iter()
+            .map(|scope| {
+                let named = filter.name.as_ref().is_none_or(|name| name.is(&scope.name));
+                named && filter.direction.is_none_or(|d| d == scope.direction)
+            })
+            .collect();
         let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(NONE - 1);
         let older = filter.older_than.map(nanos);
         let idle = filter.idle_longer_than.map(nanos);
         let names = self.name_ranks();
         let hosts = (filter.sort == Sort::Host).then(|| self.host_ranks());
+        let mut with = filter.host.as_deref().map(|part| With::new(self, part));
         let mut found: Vec<(Key, u32)> = Vec::new();
         for (at, row) in self.rows.iter().enumerate() {
             let matches = wanted[row.scope as usize]
                 && filter.state.is_none_or(|state| state == row.state)
                 && older.is_none_or(|least| row.age > least)
                 && idle.is_none_or(|least| row.idle != NONE && row.idle > least)
-                && filter
-                    .host
-                    .as_ref()
-                    .is_none_or(|part| self.is_with(row, part));
+                && with.as_mut().is_none_or(|with| with.is(row));
             if matches {
                 found.push((
                     self.key(row, filter.sort, &names, hosts.as_ref()),
@@ -129,19 +129,28 @@ impl Table {
             let number = |at: u32| self.rows[at as usize].number;
             by_key.then_with(|| number(a.1).cmp(&number(b.1)))
         };
-        let skip = (filter.page - 1).saturating_mul(filter.rows).min(matching);
-        let end = skip.saturating_add(filter.rows).min(matching);
+        let pages = matching.div_ceil(filter.rows).max(1);
+        let page = filter.page.min(pages);
+        let skip = (page - 1) * filter.rows;
+        let end = (skip + filter.rows).min(matching);
         if end < matching {
             found.select_nth_unstable_by(end, order);
             found.truncate(end);
         }
         found.sort_unstable_by(order);
-        let id = |at: u32| ConnectionId {
-            instance: self.instance,
-            number: self.rows[at as usize].number,
+        // What was closed since is missing.
+        let connection = |(_, at): &(Key, u32)| {
+            let row = &self.rows[*at as usize];
+            let id = ConnectionId {
+                instance: self.instance,
+                number: row.number,
+            };
+            self.scopes[row.scope as usize].find(id)
         };
         Found {
-            ids: found[skip..].iter().map(|(_, at)| id(*at)).collect(),
+            connections: found[skip..].iter().filter_map(connection).collect(),
+            page,
+            pages,
             matching,
             total: self.rows.len(),
         }
@@ -206,19 +215,46 @@ impl Table {
         }
         ranks
     }
+}
 
-    /// `part` is in lower case.
-    fn is_with(&self, row: &Row, part: &str) -> bool {
-        let host = match row.host {
-            Host::Unknown => return false,
-            Host::Peer(ip) => return ip.to_string().contains(part),
+/// Which rows are with a host that has this part, in lower case. Names are looked at once each.
+struct With<'a> {
+    part: &'a str,
+    slots: Vec<Vec<bool>>,
+    more: Vec<bool>,
+    /// For addresses as text.
+    buffer: String,
+}
+
+impl<'a> With<'a> {
+    fn new(table: &Table, part: &'a str) -> Self {
+        let has = |host: &Arc<str>| host.to_lowercase().contains(part);
+        let slots = table.targets.iter().map(|targets| {
+            let targets = targets.iter();
+            targets.map(|host| host.as_ref().is_some_and(has)).collect()
+        });
+        Self {
+            part,
+            slots: slots.collect(),
+            more: table.more_targets.iter().map(has).collect(),
+            buffer: String::new(),
+        }
+    }
+
+    fn is(&mut self, row: &Row) -> bool {
+        match row.host {
+            Host::Unknown => false,
             Host::Slot(slot) => {
-                let targets = &self.targets[row.scope as usize];
-                targets.get(slot as usize).and_then(Option::as_ref)
+                let slots = &self.slots[row.scope as usize];
+                slots.get(slot as usize).copied().unwrap_or_default()
             }
-            Host::More(at) => self.more_targets.get(at as usize),
-        };
-        host.is_some_and(|host| host.contains(part) || host.to_lowercase().contains(part))
+            Host::More(at) => self.more[at as usize],
+            Host::Peer(ip) => {
+                self.buffer.clear();
+                let _ = write!(self.buffer, "{ip}");
+                self.buffer.contains(self.part)
+            }
+        }
     }
 }
 
@@ -264,7 +300,6 @@ fn hosts(scope: &Scope) -> Vec<Option<Arc<str>>> {
 }
 
 impl Row {
-    /// Under the lock of its shard.
     fn of(
         connection: &Connection,
         scope: u32,

@@ -8,42 +8,54 @@ use std::fmt::{self, Write as _};
 
 use crate::event::Direction;
 use crate::inspect::view::{
-    Bucket, Closed, Connections, Family, Holder, One, Overview, Page, PoolRow, Pools, Row, Trace,
-    View,
+    Bucket, Closed, Connections, Count, Family, Holder, One, Overview, Page, PoolRow, Pools, Row,
+    TraceView, View,
 };
 
 /// Longer texts from outside are cut.
 const LONGEST: usize = 120;
 
-/// A text from outside, without characters that would do something: control characters and those that
-/// turn the direction of writing are shown as escapes, and what is too long is cut.
+/// A text from outside, as [`escaped`], and cut where it is too long for a table.
 pub(super) fn clean(text: &str) -> Cow<'_, str> {
+    match text.char_indices().nth(LONGEST) {
+        None => escaped(text),
+        Some((end, _)) => Cow::Owned(format!("{}…", escaped(&text[..end]))),
+    }
+}
+
+/// A text from outside, without characters that would do something: control characters, and those that
+/// are not seen or turn the direction of writing, are shown as escapes.
+pub(super) fn escaped(text: &str) -> Cow<'_, str> {
     let acts = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+        let unseen = matches!(
+            c,
+            '\u{ad}'
+                | '\u{61c}'
+                | '\u{200b}'..='\u{200f}'
+                | '\u{2028}'..='\u{202e}'
+                | '\u{2060}'..='\u{2069}'
+                | '\u{feff}'
+        );
+        unseen || c.is_control()
     };
-    if text.len() <= LONGEST && !text.chars().any(acts) {
+    if !text.chars().any(acts) {
         return Cow::Borrowed(text);
     }
-    let mut clean = String::new();
-    for (n, c) in text.chars().enumerate() {
-        if n == LONGEST {
-            clean.push('…');
-            break;
-        }
+    let mut escaped = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
         if acts(c) {
-            clean.extend(c.escape_default());
+            escaped.extend(c.escape_default());
         } else {
-            clean.push(c);
+            escaped.push(c);
         }
     }
-    Cow::Owned(clean)
+    Cow::Owned(escaped)
 }
 
 /// A time as a person says it.
 pub(super) fn time(seconds: f64) -> String {
     match seconds {
-        s if s < 0.000_001 => "0".into(),
+        s if s < 0.000_001 => "0s".into(),
         s if s < 0.001 => format!("{:.0}µs", s * 1e6),
         s if s < 1.0 => format!("{:.0}ms", s * 1e3),
         s if s < 60.0 => format!("{s:.1}s"),
@@ -150,48 +162,89 @@ impl Columns {
 fn overview(out: &mut String, view: &Overview) -> fmt::Result {
     writeln!(
         out,
-        "{} open, {} waiting, up {}",
+        "{} open, {} waiting, watched for {}",
         view.open,
         view.waiting,
-        time(view.uptime)
+        time(view.watched_for)
     )?;
-    for (title, families) in [("listeners", &view.listeners), ("dialers", &view.dialers)] {
-        if families.is_empty() {
-            continue;
-        }
-        writeln!(out, "\n{title}")?;
+    if !view.listeners.is_empty() {
+        writeln!(out, "\nlisteners")?;
         let mut table = Columns::new(&[
             "NAME",
             "OPEN",
             "NEW",
+            "OLDEST NEW",
             "ACTIVE",
             "IDLE",
             "HIJACKED",
             "OTHER",
-            "CONNECTING",
+            "HANDSHAKES",
             "OPENED",
-            "FAILED",
             "LIMIT",
             "HITS",
+            "ACCEPT QUEUE",
             "REQUESTS",
             "READ",
             "WRITTEN",
+            "",
         ]);
-        for family in families {
-            let failed: u64 = family.failures.iter().map(|failure| failure.count).sum();
+        for family in &view.listeners {
             table.row([
                 clean(&family.name).into_owned(),
                 family.open.to_string(),
                 family.new.to_string(),
+                maybe(family.oldest_new, time),
                 family.active.to_string(),
                 family.idle.to_string(),
                 family.hijacked.to_string(),
                 family.other.to_string(),
-                family.connecting.to_string(),
+                maybe(family.tls_handshakes, |n| n.to_string()),
                 family.opened.to_string(),
-                failed.to_string(),
                 maybe(family.max_connections, |limit| limit.to_string()),
                 maybe(family.limit_hits, |hits| hits.to_string()),
+                maybe(family.accept_queue, |queue| {
+                    format!("{}/{}", queue.length, queue.limit)
+                }),
+                family.requests.to_string(),
+                bytes(family.bytes_read),
+                bytes(family.bytes_written),
+                if family.draining == Some(true) {
+                    "draining".into()
+                } else {
+                    String::new()
+                },
+            ]);
+        }
+        table.write(out)?;
+    }
+    if !view.dialers.is_empty() {
+        writeln!(out, "\ndialers")?;
+        let mut table = Columns::new(&[
+            "NAME",
+            "OPEN",
+            "ACTIVE",
+            "IDLE",
+            "OTHER",
+            "CONNECTING",
+            "ATTEMPTS",
+            "OPENED",
+            "FAILED",
+            "REQUESTS",
+            "READ",
+            "WRITTEN",
+        ]);
+        for family in &view.dialers {
+            let failed: u64 = family.failures.iter().map(|failure| failure.count).sum();
+            table.row([
+                clean(&family.name).into_owned(),
+                family.open.to_string(),
+                family.active.to_string(),
+                family.idle.to_string(),
+                family.other.to_string(),
+                family.connecting.to_string(),
+                maybe(family.attempts, |n| n.to_string()),
+                family.opened.to_string(),
+                failed.to_string(),
                 family.requests.to_string(),
                 bytes(family.bytes_read),
                 bytes(family.bytes_written),
@@ -205,30 +258,36 @@ fn overview(out: &mut String, view: &Overview) -> fmt::Result {
     }
     families(out, view)?;
     for family in view.listeners.iter().chain(&view.dialers) {
-        let pairs = |counts: &[crate::inspect::view::Count]| {
+        let pairs = |counts: &[Count]| {
             let pairs = counts
                 .iter()
                 .map(|count| format!("{}={}", count.reason, count.count));
             pairs.collect::<Vec<_>>().join(" ")
         };
-        if !family.failures.is_empty() {
-            writeln!(
-                out,
-                "{}: failed {}",
-                clean(&family.family),
-                pairs(&family.failures)
-            )?;
-        }
-        if !family.closed.is_empty() {
-            writeln!(
-                out,
-                "{}: closed {}",
-                clean(&family.family),
-                pairs(&family.closed)
-            )?;
+        for (what, counts) in [("failed", &family.failures), ("closed", &family.closed)] {
+            if !counts.is_empty() {
+                writeln!(out, "{}: {what} {}", clean(&family.family), pairs(counts))?;
+            }
         }
     }
+    let dropped: Vec<_> = dropped(view)
+        .map(|(what, n)| format!("{what}={n}"))
+        .collect();
+    if !dropped.is_empty() {
+        writeln!(out, "dropped by the telemetry: {}", dropped.join(" "))?;
+    }
     Ok(())
+}
+
+/// What the telemetry dropped, by what it is called.
+pub(super) fn dropped(view: &Overview) -> impl Iterator<Item = (String, u64)> + use<> {
+    let dropped = serde_json::to_value(view.dropped).unwrap_or_default();
+    let counts = match dropped {
+        serde_json::Value::Object(counts) => counts,
+        _ => serde_json::Map::new(),
+    };
+    let counts = counts.into_iter();
+    counts.filter_map(|(what, count)| Some((what, count.as_u64().filter(|n| *n > 0)?)))
 }
 
 /// The families and buckets of x/net/trace.
@@ -238,74 +297,96 @@ fn families(out: &mut String, view: &Overview) -> fmt::Result {
         return Ok(());
     };
     writeln!(out, "\nfamilies")?;
-    let head = |first: &[&str], buckets: &[Bucket], text: fn(f64) -> String| {
-        let mut head: Vec<String> = first.iter().map(|text| (*text).to_owned()).collect();
-        head.extend(buckets.iter().map(|bucket| text(bucket.seconds)));
-        head
+    let head = |first: &[&str], bounds: &mut dyn Iterator<Item = String>| Columns {
+        lines: vec![
+            first
+                .iter()
+                .map(|text| (*text).to_owned())
+                .chain(bounds)
+                .collect(),
+        ],
     };
-    let line = |family: &Family, first: Vec<String>, buckets: &[Bucket]| {
-        let mut line = vec![clean(&family.family).into_owned()];
-        line.extend(first);
-        line.extend(buckets.iter().map(|bucket| bucket.count.to_string()));
-        line
+    let counts = |family: &Family, counts: &mut dyn Iterator<Item = u64>| {
+        let name = clean(&family.family).into_owned();
+        let counts = counts.map(|count| count.to_string());
+        std::iter::once(name).chain(counts).collect::<Vec<_>>()
     };
-    let mut table = Columns {
-        lines: vec![head(
-            &["FAMILY", "LIVE", "ERRORS"],
-            &any.recent_errors,
-            |s| format!("errs<{}", bound(s)),
-        )],
-    };
+    let windows = any.recent_errors.iter();
+    let mut windows = windows.map(|window| format!("errs<{}", bound(window.within)));
+    let mut table = head(&["FAMILY", "LIVE", "ERRORS"], &mut windows);
     for family in all() {
-        table.row(line(
+        let recent = family.recent_errors.iter().map(|window| window.count);
+        table.row(counts(
             family,
-            vec![family.open.to_string(), family.errors.to_string()],
-            &family.recent_errors,
+            &mut [family.open, family.errors].into_iter().chain(recent),
         ));
     }
     table.write(out)?;
-    writeln!(out)?;
-    let mut table = Columns {
-        lines: vec![head(&["SET-UP"], &any.setup_durations, |s| {
-            format!("≥{}", bound(s))
-        })],
-    };
-    for family in all().filter(|family| family.has_setups()) {
-        table.row(line(family, vec![], &family.setup_durations));
+    type Of = fn(&Family) -> &[Bucket];
+    let kinds: [(&str, Of); 2] = [
+        ("SET-UP", |f| &f.setup_durations),
+        ("LIFE", |f| &f.lifetimes),
+    ];
+    for (kind, of) in kinds {
+        let mut families = all()
+            .filter(|family| kind == "LIFE" || family.has_setups())
+            .peekable();
+        if families.peek().is_none() {
+            continue;
+        }
+        writeln!(out)?;
+        let mut bounds = of(any)
+            .iter()
+            .map(|bucket| format!("≥{}", bound(bucket.from)));
+        let mut table = head(&[kind], &mut bounds);
+        for family in families {
+            table.row(counts(
+                family,
+                &mut of(family).iter().map(|bucket| bucket.count),
+            ));
+        }
+        table.write(out)?;
     }
-    table.write(out)?;
-    writeln!(out)?;
-    let mut table = Columns {
-        lines: vec![head(&["LIFE"], &any.lifetimes, |s| {
-            format!("≥{}", bound(s))
-        })],
-    };
-    for family in all() {
-        table.row(line(family, vec![], &family.lifetimes));
-    }
-    table.write(out)?;
     writeln!(out)
 }
 
 fn pool_table<'a>(out: &mut String, pools: impl Iterator<Item = &'a PoolRow>) -> fmt::Result {
     let mut table = Columns::new(&[
-        "NAME", "KIND", "ACTIVE", "IDLE", "DIALING", "IN USE", "WAITING", "OLDEST", "MAX", "LIMITS",
+        "NAME",
+        "KIND",
+        "ACTIVE",
+        "IDLE",
+        "DIALING",
+        "IN USE",
+        "WAITING",
+        "FOR SLOTS",
+        "OLDEST",
+        "LIMITS",
     ]);
     for pool in pools {
         table.row([
             clean(&pool.name).into_owned(),
             pool.kind.into(),
             maybe(pool.active, |n| n.to_string()),
-            maybe(pool.idle, |n| n.to_string()),
+            maybe(pool.idle, |n| known(n, pool.idle_source)),
             maybe(pool.dialing, |n| n.to_string()),
             maybe(pool.in_use, |n| n.to_string()),
-            pool.waiting.to_string(),
+            known(pool.waiting, pool.waiting_source),
+            pool.waiting_for_slot.to_string(),
             maybe(pool.oldest_wait, time),
-            pool.waiting_max.to_string(),
             limits(pool),
         ]);
     }
     table.write(out)
+}
+
+/// A count with a sign of how it is known, where it is not exact.
+pub(super) fn known(count: u64, source: Option<&'static str>) -> String {
+    match source {
+        None | Some("observed") => count.to_string(),
+        Some("upper_bound") => format!("≤{count}"),
+        Some(_) => format!("~{count}"),
+    }
 }
 
 pub(super) fn limits(pool: &PoolRow) -> String {
@@ -319,14 +400,26 @@ pub(super) fn limits(pool: &PoolRow) -> String {
 fn connections(out: &mut String, view: &Connections) -> fmt::Result {
     writeln!(
         out,
-        "{} of {} connections, page {} of {}",
-        view.matching, view.total, view.page, view.pages
+        "{} of {} connections, page {} of {}{}",
+        view.matching,
+        view.total,
+        view.page,
+        view.pages,
+        found(view)
     )?;
     let mut table = Columns::new(&ROW);
     for row in &view.connections {
         table.row(cells(row));
     }
     table.write(out)
+}
+
+/// How old the look is by which connections were found, where that is worth a word.
+pub(super) fn found(view: &Connections) -> String {
+    if view.found < 2.0 {
+        return String::new();
+    }
+    format!(", as found {} ago", time(view.found))
 }
 
 const ROW: [&str; 17] = [
@@ -441,10 +534,11 @@ pub(super) fn facts(view: &One) -> Vec<(&'static str, String)> {
     put("trace", view.trace.as_ref().map(trace));
     for serving in &view.serving {
         let since = maybe(serving.since, time);
-        put(
-            "serves",
-            Some(format!("{} for {since}", trace(&serving.trace))),
-        );
+        let request = serving
+            .request
+            .map_or_else(String::new, |n| format!("request {n} "));
+        let who = maybe(serving.trace.as_ref(), trace);
+        put("serves", Some(format!("{request}{who} for {since}")));
     }
     if let Some(tcp) = &view.tcp {
         put("tcp state", Some(tcp.state.into()));
@@ -463,9 +557,9 @@ pub(super) fn facts(view: &One) -> Vec<(&'static str, String)> {
     facts
 }
 
-fn trace(trace: &Trace) -> String {
+fn trace(trace: &TraceView) -> String {
     match &trace.link {
-        Some(link) => format!("{} {}", trace.trace_id, clean(link)),
+        Some(link) => format!("{} {}", trace.trace_id, escaped(link)),
         None => trace.trace_id.clone(),
     }
 }
@@ -491,15 +585,11 @@ fn pools(out: &mut String, view: &Pools) -> fmt::Result {
             continue;
         };
         for key in keys {
-            writeln!(
-                out,
-                "\n{}: {}: {} active, {} idle, {} dialing",
-                clean(&pool.row.name),
-                clean(&key.key),
-                key.active,
-                key.idle,
-                key.dialing
-            )?;
+            write!(out, "\n{}: {}", clean(&pool.row.name), clean(&key.key))?;
+            if let (Some(active), Some(idle), Some(dialing)) = (key.active, key.idle, key.dialing) {
+                write!(out, ": {active} active, {idle} idle, {dialing} dialing")?;
+            }
+            writeln!(out)?;
             if let Some(why) = &key.why {
                 writeln!(out, "  {why}")?;
             }
@@ -510,18 +600,13 @@ fn pools(out: &mut String, view: &Pools) -> fmt::Result {
                 writeln!(out, "  and {} more hold", key.holders_omitted)?;
             }
             for waiter in &key.waiters {
-                let dialing = if waiter.dialing {
-                    ", a dial is under way for it"
-                } else {
-                    ""
-                };
                 writeln!(
                     out,
-                    "  waits  {}. request {} for {}: {}{dialing} {}",
+                    "  waits  {}. request {} for {}: for {} {}",
                     waiter.position,
                     waiter.request,
                     time(waiter.waited),
-                    waiter.reason,
+                    waiter.waits_for.replace('_', " "),
                     maybe(waiter.trace.as_ref(), trace)
                 )?;
             }
@@ -547,6 +632,12 @@ fn held(holder: &Holder) -> String {
 }
 
 fn closed(out: &mut String, view: &Closed) -> fmt::Result {
+    let older = if view.more {
+        ", and there are older ones"
+    } else {
+        ""
+    };
+    writeln!(out, "page {}{older}", view.page)?;
     let mut table = Columns::new(&[
         "ENDED", "ID", "DIR", "NAME", "HOST", "PEER", "REASON", "BY", "AGE", "REQS", "READ",
         "WRITTEN",
@@ -596,7 +687,7 @@ mod tests {
         let said: Vec<_> = times.into_iter().map(time).collect();
         assert_eq!(
             said,
-            ["0", "250µs", "12ms", "1.3s", "1m15s", "2h01m", "1d01h"]
+            ["0s", "250µs", "12ms", "1.3s", "1m15s", "2h01m", "1d01h"]
         );
         let sizes = [0, 1_023, 1_024, 15_000, 3 << 30];
         let said: Vec<_> = sizes.into_iter().map(bytes).collect();

@@ -27,8 +27,8 @@ pub(super) struct Series {
     pub(super) opened: VecDeque<u64>,
     /// Failures and errors since the last time; of a pool, requests that wait.
     pub(super) trouble: VecDeque<u64>,
-    opened_before: u64,
-    trouble_before: u64,
+    /// What was counted at the last step; none before the first one.
+    before: Option<[u64; 2]>,
     seen: bool,
 }
 
@@ -54,8 +54,8 @@ impl Trend {
             let trouble = scope.errors();
             let opened = scope.established + scope.accepted;
             if let Some(series) = series(&mut all, (Some(scope.direction), scope.name.clone())) {
-                let before = std::mem::replace(&mut series.trouble_before, trouble);
-                series.push(scope.open, opened, trouble.saturating_sub(before));
+                let [opened, trouble] = series.since_before([opened, trouble]);
+                series.push(scope.open, opened, trouble);
             }
         }
         // Several pools may have one name.
@@ -69,6 +69,7 @@ impl Trend {
         }
         for (name, [in_use, asked, waiting]) in pools {
             if let Some(series) = series(&mut all, (None, name.clone())) {
+                let [asked, _] = series.since_before([asked, 0]);
                 series.push(in_use, asked, waiting);
             }
         }
@@ -86,9 +87,14 @@ fn series(all: &mut BTreeMap<Of, Series>, of: Of) -> Option<&mut Series> {
 }
 
 impl Series {
+    /// What counts grew by since the last step.
+    fn since_before(&mut self, now: [u64; 2]) -> [u64; 2] {
+        // What was before the first step was not within it.
+        let before = self.before.replace(now).unwrap_or(now);
+        [0, 1].map(|n| now[n].saturating_sub(before[n]))
+    }
+
     fn push(&mut self, open: u64, opened: u64, trouble: u64) {
-        let before = std::mem::replace(&mut self.opened_before, opened);
-        let opened = opened.saturating_sub(before);
         for (all, now) in [
             (&mut self.open, open),
             (&mut self.opened, opened),

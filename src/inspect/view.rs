@@ -8,12 +8,14 @@ use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
-use crate::event::{ConnectionState, Direction, Endpoint, TcpInfo, TlsFacts, TraceRef};
+use crate::event::{
+    ConnectionState, Direction, Endpoint, GaugeSource, TcpInfo, TlsFacts, TraceRef,
+};
 use crate::inspect::query::Filter;
 use crate::inspect::table::Table;
-use crate::inspect::trend::{EVERY, Series, Trend};
+use crate::inspect::trend::{self, EVERY, Series};
 use crate::record::pool::look::{HolderLook, KeyLook, WaiterLook};
-use crate::record::pool::{PoolLook, PoolStats, WaitReason};
+use crate::record::pool::{PoolLook, PoolStats};
 use crate::record::stats::{ConnectionSnapshot, Dropped, ScopeStats, Stats};
 use crate::record::timeline::Moment;
 use crate::record::{Connection, Recorder};
@@ -45,7 +47,8 @@ pub(super) enum View {
 
 #[derive(Serialize)]
 pub(super) struct Overview {
-    pub(super) uptime: f64,
+    /// For how long the page has been there.
+    pub(super) watched_for: f64,
     pub(super) open: u64,
     pub(super) waiting: u64,
     pub(super) listeners: Vec<Family>,
@@ -79,24 +82,38 @@ pub(super) struct Family {
     pub(super) bytes_written: u64,
     pub(super) max_connections: Option<u64>,
     pub(super) limit_hits: Option<u64>,
-    pub(super) accept_queue: Option<[u64; 2]>,
+    pub(super) accept_queue: Option<Queue>,
     pub(super) draining: Option<bool>,
     /// Failed attempts and accepts, and connections turned away.
     pub(super) failures: Vec<Count>,
     pub(super) closed: Vec<Count>,
-    pub(super) recent_errors: Vec<Bucket>,
+    pub(super) recent_errors: Vec<Window>,
     /// All of them.
     pub(super) errors: u64,
     pub(super) setup_durations: Vec<Bucket>,
     pub(super) lifetimes: Vec<Bucket>,
-    pub(super) trend: TrendView,
+    pub(super) trend: Trend,
 }
 
-/// Where it begins, or how far back it reaches, and how many.
+/// How many took at least so long, and not as long as the next one.
 #[derive(Clone, Copy, Serialize)]
 pub(super) struct Bucket {
-    pub(super) seconds: f64,
+    pub(super) from: f64,
     pub(super) count: u64,
+}
+
+/// How many there were within the last so many seconds.
+#[derive(Clone, Copy, Serialize)]
+pub(super) struct Window {
+    pub(super) within: f64,
+    pub(super) count: u64,
+}
+
+/// The kernel's accept queue.
+#[derive(Clone, Copy, Serialize)]
+pub(super) struct Queue {
+    pub(super) length: u64,
+    pub(super) limit: u64,
 }
 
 #[derive(Serialize)]
@@ -105,28 +122,54 @@ pub(super) struct Count {
     pub(super) count: u64,
 }
 
-/// The last minutes, oldest first.
+/// The last minutes, oldest first, every 5 s; empty where there are too many to follow.
 #[derive(Serialize)]
-pub(super) struct TrendView {
+pub(super) struct Trend {
     pub(super) every: f64,
+    /// Connections open.
     pub(super) open: Vec<u64>,
+    /// Connections opened since the last time.
     pub(super) opened: Vec<u64>,
-    pub(super) trouble: Vec<u64>,
+    /// Errors since the last time.
+    pub(super) errors: Vec<u64>,
 }
 
-impl From<Series> for TrendView {
+impl From<Series> for Trend {
     fn from(series: Series) -> Self {
         Self {
             every: EVERY.as_secs_f64(),
             open: series.open.into(),
             opened: series.opened.into(),
-            trouble: series.trouble.into(),
+            errors: series.trouble.into(),
+        }
+    }
+}
+
+/// The same of a pool.
+#[derive(Serialize)]
+pub(super) struct PoolTrend {
+    pub(super) every: f64,
+    /// Requests that have a connection or a place.
+    pub(super) in_use: Vec<u64>,
+    /// Requests that asked since the last time.
+    pub(super) asked: Vec<u64>,
+    /// Requests that wait.
+    pub(super) waiting: Vec<u64>,
+}
+
+impl From<Series> for PoolTrend {
+    fn from(series: Series) -> Self {
+        Self {
+            every: EVERY.as_secs_f64(),
+            in_use: series.open.into(),
+            asked: series.opened.into(),
+            waiting: series.trouble.into(),
         }
     }
 }
 
 impl Overview {
-    pub(super) fn take(recorder: &Recorder, trend: &Trend, uptime: Duration) -> Self {
+    pub(super) fn take(recorder: &Recorder, trend: &trend::Trend, watched_for: Duration) -> Self {
         let stats: Stats = recorder.stats();
         let listening = recorder.listeners().all();
         let family = |scope: &ScopeStats| {
@@ -156,7 +199,7 @@ impl Overview {
             .map(|pool| PoolRow::new(&pool.stats(), trend))
             .collect();
         Self {
-            uptime: uptime.as_secs_f64(),
+            watched_for: watched_for.as_secs_f64(),
             open: stats.open(),
             waiting: pools.iter().map(|pool| pool.waiting).sum(),
             listeners: of(Direction::Inbound),
@@ -168,11 +211,11 @@ impl Overview {
 }
 
 impl Family {
-    fn new(scope: &ScopeStats, draining: Option<bool>, trend: TrendView) -> Self {
+    fn new(scope: &ScopeStats, draining: Option<bool>, trend: Trend) -> Self {
         let inbound = scope.direction == Direction::Inbound;
         let buckets = |counts: &[(Duration, u64)]| {
             let bucket = |(from, count): &(Duration, u64)| Bucket {
-                seconds: from.as_secs_f64(),
+                from: from.as_secs_f64(),
                 count: *count,
             };
             counts.iter().map(bucket).collect()
@@ -205,11 +248,21 @@ impl Family {
             bytes_written: scope.bytes_written,
             max_connections: scope.max_connections,
             limit_hits: inbound.then_some(scope.limit_hits),
-            accept_queue: scope.accept_queue.map(|queue| [queue.length, queue.limit]),
+            accept_queue: scope.accept_queue.map(|queue| Queue {
+                length: queue.length,
+                limit: queue.limit,
+            }),
             draining,
             failures: failed.chain(errors).chain(rejected).collect(),
             closed: counts(scope.closed.iter().map(|(r, n)| (r.as_str(), *n))).collect(),
-            recent_errors: buckets(&scope.recent_errors),
+            recent_errors: scope
+                .recent_errors
+                .iter()
+                .map(|(within, count)| Window {
+                    within: within.as_secs_f64(),
+                    count: *count,
+                })
+                .collect(),
             errors: scope.errors(),
             setup_durations: buckets(&scope.setup_durations),
             lifetimes: buckets(&scope.lifetimes),
@@ -244,12 +297,17 @@ pub(super) struct PoolRow {
     pub(super) in_use: Option<u64>,
     pub(super) waiting: u64,
     pub(super) waiting_for_slot: u64,
+    /// The most that waited at a time for one host, in this minute or the one before.
     pub(super) waiting_max: u64,
     pub(super) oldest_wait: Option<f64>,
     pub(super) limits: Vec<Limit>,
     pub(super) events: Vec<Event>,
     pub(super) hosts: usize,
-    pub(super) trend: TrendView,
+    /// How a stock pool's `idle` and `waiting` are known: `observed`, `assumed`, `upper_bound` or
+    /// `approximate`. None of pools that count themselves.
+    pub(super) idle_source: Option<&'static str>,
+    pub(super) waiting_source: Option<&'static str>,
+    pub(super) trend: PoolTrend,
 }
 
 #[derive(Serialize)]
@@ -268,7 +326,7 @@ pub(super) struct Event {
 }
 
 impl PoolRow {
-    fn new(stats: &PoolStats, trend: &Trend) -> Self {
+    fn new(stats: &PoolStats, trend: &trend::Trend) -> Self {
         let kind = stats.kind_name();
         let transport = kind == "transport";
         let limits = &stats.limits;
@@ -335,9 +393,24 @@ impl PoolRow {
             limits: limits.collect(),
             events,
             hosts: stats.hosts.len(),
+            idle_source: source(stats.hosts.iter().map(|host| host.idle_source)),
+            waiting_source: source(stats.hosts.iter().map(|host| host.waiting_source)),
             trend: trend.of(None, &stats.name).into(),
         }
     }
+}
+
+/// What can be said of a sum: as much as of its worst part.
+fn source(hosts: impl Iterator<Item = Option<GaugeSource>>) -> Option<&'static str> {
+    const WORST: [GaugeSource; 4] = [
+        GaugeSource::Observed,
+        GaugeSource::Assumed,
+        GaugeSource::UpperBound,
+        GaugeSource::Approximate,
+    ];
+    let rank = |source: &GaugeSource| WORST.iter().position(|worst| worst == source);
+    let worst = hosts.flatten().max_by_key(rank)?;
+    Some(worst.as_str())
 }
 
 #[derive(Serialize)]
@@ -357,13 +430,18 @@ pub(super) struct Pool {
 #[derive(Serialize)]
 pub(super) struct PoolKeyView {
     pub(super) key: String,
-    pub(super) active: usize,
-    pub(super) idle: usize,
-    pub(super) dialing: usize,
-    /// Why whoever is first in the queue waits, in words; none if nobody does.
+    /// None of an in-flight limit, which knows no connections.
+    pub(super) active: Option<usize>,
+    pub(super) idle: Option<usize>,
+    pub(super) dialing: Option<usize>,
+    /// Why requests wait, in words; none if none does.
     pub(super) why: Option<String>,
     pub(super) holders: Vec<Holder>,
+    /// Connections, or places, that are held and not listed.
     pub(super) holders_omitted: usize,
+    pub(super) waiting: usize,
+    pub(super) waiting_for_slot: usize,
+    pub(super) waiting_for_dial: usize,
     pub(super) waiters: Vec<Waiter>,
     pub(super) waiters_omitted: usize,
 }
@@ -373,7 +451,18 @@ pub(super) struct Holder {
     pub(super) request: u64,
     pub(super) connection: Option<String>,
     pub(super) held_for: Option<f64>,
-    pub(super) trace: Option<Trace>,
+    pub(super) trace: Option<TraceView>,
+}
+
+impl Holder {
+    fn new(holder: &HolderLook, link: &Link<'_>) -> Self {
+        Self {
+            request: holder.request.0,
+            connection: holder.connection.map(|id| id.to_string()),
+            held_for: holder.held_for.map(|held| held.as_secs_f64()),
+            trace: holder.trace.map(|trace| TraceView::new(trace, link)),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -382,18 +471,23 @@ pub(super) struct Waiter {
     pub(super) position: usize,
     pub(super) request: u64,
     pub(super) waited: f64,
-    pub(super) reason: &'static str,
-    /// A dial is under way for it.
-    pub(super) dialing: bool,
-    pub(super) trace: Option<Trace>,
+    /// `slot`, `own_dial` or `others_dial`.
+    pub(super) waits_for: &'static str,
+    pub(super) trace: Option<TraceView>,
 }
 
 impl Pools {
-    pub(super) fn take(recorder: &Recorder, trend: &Trend, link: &Link<'_>) -> Self {
+    /// Of each host as many holders, and as many waiters.
+    pub(super) fn take(
+        recorder: &Recorder,
+        trend: &trend::Trend,
+        most: usize,
+        link: &Link<'_>,
+    ) -> Self {
         let pools = recorder.live_pools();
         let pools = pools.iter().map(|pool| {
             let stats = pool.stats();
-            let PoolLook { keys, keys_omitted } = pool.look().unwrap_or_default();
+            let PoolLook { keys, keys_omitted } = pool.look(most).unwrap_or_default();
             let row = PoolRow::new(&stats, trend);
             let says = row.kind != "stock";
             let keys = keys
@@ -423,89 +517,96 @@ impl PoolKeyView {
             position: at + 1,
             request: waiter.request.0,
             waited: waiter.waited.as_secs_f64(),
-            reason: waiter.why.as_str(),
-            dialing: waiter.dials,
-            trace: waiter.trace.map(|trace| Trace::new(trace, link)),
+            waits_for: waiter.what_for.as_str(),
+            trace: waiter.trace.map(|trace| TraceView::new(trace, link)),
         };
-        let holder = |holder: &HolderLook| Holder {
-            request: holder.request.0,
-            connection: holder.connection.map(|id| id.to_string()),
-            held_for: holder.held_for.map(|held| held.as_secs_f64()),
-            trace: holder.trace.map(|trace| Trace::new(trace, link)),
-        };
+        let holder = |holder: &HolderLook| Holder::new(holder, link);
+        let connections = look.connections;
         Self {
             key: look.key.to_string(),
-            active: look.active,
-            idle: look.idle,
-            dialing: look.dialing,
+            active: connections.map(|of| of.active),
+            idle: connections.map(|of| of.idle),
+            dialing: connections.map(|of| of.dialing),
             why: why(look, pool),
             holders: look.holders.iter().map(holder).collect(),
             holders_omitted: look.holders_omitted,
             waiters: look.waiters.iter().enumerate().map(waiter).collect(),
-            waiters_omitted: look.waiters_omitted,
+            waiting: look.waiting,
+            waiting_for_slot: look.waiting_for_slot,
+            waiting_for_dial: look.waiting_for_dial,
+            waiters_omitted: look.waiting - look.waiters.len(),
         }
     }
 }
 
-/// "Why am I waiting", in one look.
+/// "Why am I waiting", in one look: a part for each thing that is waited for.
 fn why(look: &KeyLook, pool: &PoolRow) -> Option<String> {
-    let first = look.waiters.first()?;
-    let waiting = look.waiters.len() + look.waiters_omitted;
-    let limit = |name| {
-        let limits = pool.limits.iter();
-        limits
-            .clone()
-            .find(|limit| limit.limit == name)
-            .map(|limit| limit.value)
+    if look.waiting == 0 {
+        return None;
+    }
+    let limit = |name: &str| {
+        let mut limits = pool.limits.iter();
+        let found = limits.find(|limit| limit.limit == name);
+        found.map_or_else(
+            || name.to_owned(),
+            |limit| format!("{name} = {}", limit.value),
+        )
     };
-    let holding = look.holders.len() + look.holders_omitted;
-    let longest = look
+    let some = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
+    let mut parts = Vec::new();
+    if look.waiting_for_slot > 0 {
+        let n = look.waiting_for_slot;
+        let (limit, by) = match look.connections {
+            Some(of) => {
+                let idle = of.slots_taken.saturating_sub(of.active + of.dialing);
+                let mut by = Vec::new();
+                for (n, what) in [
+                    (of.active, "active connection"),
+                    (of.dialing, "dial"),
+                    (idle, "idle or closing connection"),
+                ] {
+                    by.extend(Some(some(n, what)).filter(|_| n > 0));
+                }
+                (limit("max_conns_per_host"), by.join(", "))
+            }
+            None => {
+                let held = look.holders.len() + look.holders_omitted;
+                (limit("max_in_flight_per_host"), some(held, "request"))
+            }
+        };
+        parts.push(format!("{n} for a slot, as {limit} is reached ({by})"));
+    }
+    if look.waiting_for_dial > 0 {
+        parts.push(format!(
+            "{} for a new connection that is being dialed, as none was idle",
+            look.waiting_for_dial
+        ));
+    }
+    let others = look
+        .waiting
+        .saturating_sub(look.waiting_for_slot + look.waiting_for_dial);
+    if others > 0 {
+        parts.push(format!(
+            "{others} for a connection that others dial or have"
+        ));
+    }
+    let who = match look.waiting {
+        1 => "1 request waits".into(),
+        n => format!("{n} requests wait"),
+    };
+    let held = look
         .holders
         .iter()
         .filter_map(|holder| holder.held_for)
         .max();
-    let longest = longest.map_or_else(String::new, |held| {
-        format!(
-            ", the longest for {}",
-            crate::inspect::text::time(held.as_secs_f64())
-        )
-    });
-    let requests = if waiting == 1 {
-        "1 request waits"
-    } else {
-        "requests wait"
+    let held = match (held, look.holders_omitted) {
+        (Some(held), 0) => {
+            let held = crate::inspect::text::time(held.as_secs_f64());
+            format!("; what is held is held for {held} at most")
+        }
+        _ => String::new(),
     };
-    let requests = if waiting == 1 {
-        requests.into()
-    } else {
-        format!("{waiting} {requests}")
-    };
-    Some(match (limit("max_in_flight_per_host"), first.why) {
-        (Some(most), _) => format!(
-            "{requests} because max_in_flight_per_host = {most} is reached: {holding} requests hold a \
-             place{longest}"
-        ),
-        (None, WaitReason::MaxConnsPerHost) => {
-            let most = limit("max_conns_per_host").unwrap_or_default();
-            format!(
-                "{requests} because max_conns_per_host = {most} is reached: {} active and {} dialing; \
-                 {holding} requests hold connections{longest}",
-                look.active, look.dialing
-            )
-        }
-        (None, WaitReason::SharedDial) => {
-            format!("{requests} for a dial under way that they will share")
-        }
-        (None, WaitReason::NoIdleConnection) if look.dialing > 0 => {
-            format!(
-                "{requests} for a new connection: no idle one was there, {} are dialed",
-                look.dialing
-            )
-        }
-        (None, WaitReason::NoIdleConnection) => {
-            format!("{requests} for a connection: {holding} requests hold what there is{longest}")
-        }
-    })
+    Some(format!("{who}: {}{held}", parts.join("; ")))
 }
 
 // === connections ===
@@ -549,13 +650,15 @@ pub(super) struct Row {
 }
 
 impl Connections {
-    pub(super) fn take(recorder: &Recorder, table: &Table, filter: Filter) -> Self {
+    pub(super) fn take(table: &Table, filter: Filter) -> Self {
         let found = table.find(&filter);
-        let rows = found.ids.iter().filter_map(|id| {
-            let connection = recorder.find_connection(*id)?;
+        let rows = found.connections.iter().filter_map(|connection| {
             let snapshot = connection.snapshot();
-            let there = snapshot.is_there();
-            there.then(|| {
+            // It changed since it was found.
+            let matches = snapshot.is_there()
+                && filter.state.is_none_or(|state| state == snapshot.state)
+                && (filter.idle_longer_than.is_none() || snapshot.idle_for.is_some());
+            matches.then(|| {
                 Row::new(
                     &snapshot,
                     connection.tcp_info(),
@@ -568,16 +671,21 @@ impl Connections {
             query: filter.query(),
             total: found.total,
             matching: found.matching,
-            page: filter.page,
-            pages: found.matching.div_ceil(filter.rows).max(1),
+            page: found.page,
+            pages: found.pages,
             found: table.taken.elapsed().as_secs_f64(),
-            filter,
+            filter: Filter {
+                page: found.page,
+                ..filter
+            },
         }
     }
 }
 
 impl Row {
+    /// An attempt under way is as old as `since_start`; one that failed lasted as long as its set-up.
     fn new(snapshot: &ConnectionSnapshot, tcp: Option<TcpInfo>, since_start: Duration) -> Self {
+        let lasted = snapshot.failed.and(snapshot.setup).unwrap_or(since_start);
         let host = match (&snapshot.target, &snapshot.peer) {
             (Some(target), _) => Some(target.to_string()),
             (None, Some(Endpoint::Ip(peer))) => Some(peer.ip().to_string()),
@@ -594,7 +702,7 @@ impl Row {
             protocol: snapshot.protocol.map(|protocol| protocol.as_str()),
             tls: snapshot.tls.clone(),
             state: snapshot.state,
-            age: snapshot.age.unwrap_or(since_start).as_secs_f64(),
+            age: snapshot.age.unwrap_or(lasted).as_secs_f64(),
             idle: snapshot.idle_for.map(|idle| idle.as_secs_f64()),
             active: snapshot.active_for.map(|active| active.as_secs_f64()),
             requests: snapshot.requests,
@@ -620,19 +728,21 @@ pub(super) struct One {
     pub(super) closed_by: Option<&'static str>,
     pub(super) failure: Option<&'static str>,
     /// Its set-up span's.
-    pub(super) trace: Option<Trace>,
-    /// Requests that run on it and have a trace, the earliest first.
+    pub(super) trace: Option<TraceView>,
+    /// Requests that run on it, the earliest first: of an accepted connection those with a trace, of a
+    /// transport's all. `in_flight` says how many there are.
     pub(super) serving: Vec<Serving>,
     pub(super) tcp: Option<Tcp>,
-    /// Kept while its spans are sampled.
     pub(super) timeline: Vec<TimelineRow>,
     pub(super) timeline_dropped: u64,
 }
 
 #[derive(Serialize)]
 pub(super) struct Serving {
+    /// Its number in its pool.
+    pub(super) request: Option<u64>,
     pub(super) since: Option<f64>,
-    pub(super) trace: Trace,
+    pub(super) trace: Option<TraceView>,
 }
 
 #[derive(Serialize)]
@@ -678,27 +788,34 @@ impl From<TcpInfo> for Tcp {
 }
 
 impl One {
-    pub(super) fn new(connection: &Connection, link: &Link<'_>) -> Self {
+    pub(super) fn new(recorder: &Recorder, connection: &Connection, link: &Link<'_>) -> Self {
         let snapshot = connection.snapshot();
         let now = connection.started.elapsed();
         let tcp = connection.tcp_info().or(snapshot.last_tcp);
-        let serving = connection.all_serving();
+        // Of an outbound connection its pool knows.
+        let pools = recorder.live_pools().into_iter();
+        let pools = pools.filter(|_| snapshot.direction == Direction::Outbound);
+        let held = pools.flat_map(|pool| pool.holders_of(connection.id));
+        let held = held.map(|holder| Serving {
+            request: Some(holder.request.0),
+            since: holder.held_for.map(|held| held.as_secs_f64()),
+            trace: holder.trace.map(|trace| TraceView::new(trace, link)),
+        });
+        let serving = connection.all_serving().into_iter().map(|serving| Serving {
+            request: None,
+            since: serving
+                .since
+                .map(|since| now.saturating_sub(since).as_secs_f64()),
+            trace: Some(TraceView::new(serving.trace, link)),
+        });
         Self {
             started: unix(snapshot.started),
             setup: snapshot.setup.map(|setup| setup.as_secs_f64()),
             close_reason: snapshot.closed.map(|(reason, _)| reason.as_str()),
             closed_by: snapshot.closed.map(|(_, initiator)| initiator.as_str()),
             failure: snapshot.failed.map(|reason| reason.as_str()),
-            trace: snapshot.trace.map(|trace| Trace::new(trace, link)),
-            serving: serving
-                .iter()
-                .map(|serving| Serving {
-                    since: serving
-                        .since
-                        .map(|since| now.saturating_sub(since).as_secs_f64()),
-                    trace: Trace::new(serving.trace, link),
-                })
-                .collect(),
+            trace: snapshot.trace.map(|trace| TraceView::new(trace, link)),
+            serving: serving.chain(held).take(64).collect(),
             tcp: tcp.map(Tcp::from),
             timeline: snapshot
                 .timeline
@@ -724,7 +841,13 @@ impl One {
 
 #[derive(Serialize)]
 pub(super) struct Closed {
-    /// The last ones, newest first; how many are remembered is the builder's `history`.
+    #[serde(skip)]
+    pub(super) filter: Filter,
+    pub(super) page: usize,
+    /// There are older ones.
+    pub(super) more: bool,
+    /// Newest first; how many are remembered is the builder's `history`, and the page looks at the last
+    /// 10 000 of them.
     pub(super) connections: Vec<ClosedRow>,
 }
 
@@ -741,43 +864,58 @@ pub(super) struct ClosedRow {
 }
 
 impl Closed {
-    pub(super) fn take(recorder: &Recorder, filter: &Filter) -> Self {
-        let matches = |snapshot: &ConnectionSnapshot, row: &Row| {
-            let named = |name: &String| snapshot.name.to_lowercase().contains(&name.to_lowercase());
-            let with = |part: &String| {
-                row.host
-                    .as_ref()
-                    .is_some_and(|host| host.to_lowercase().contains(part))
-            };
-            filter.name.as_ref().is_none_or(named)
-                && filter.host.as_ref().is_none_or(with)
+    pub(super) fn take(recorder: &Recorder, filter: Filter) -> Self {
+        let with = |connection: &Connection, part: &str| match (
+            &connection.target,
+            connection.accepted_from(),
+        ) {
+            (Some(target), _) => target.host.to_lowercase().contains(part),
+            (None, Some(Endpoint::Ip(peer))) => peer.ip().to_string().contains(part),
+            (None, _) => false,
+        };
+        let all = recorder.newest_history();
+        let mut matching = all.iter().filter(|connection| {
+            let scope = &connection.scope;
+            filter.name.as_ref().is_none_or(|name| name.is(&scope.name))
                 && filter
                     .direction
-                    .is_none_or(|direction| direction == snapshot.direction)
-        };
-        let rows = recorder.history().into_iter().rev().filter_map(|snapshot| {
-            let row = Row::new(&snapshot, None, snapshot.setup.unwrap_or_default());
-            if !matches(&snapshot, &row) {
-                return None;
-            }
-            let lasted = snapshot.setup.unwrap_or_default() + snapshot.age.unwrap_or_default();
-            let (reason, by) = match (snapshot.closed, snapshot.failed) {
-                (Some((reason, by)), _) => (reason.as_str(), Some(by.as_str())),
-                (None, Some(failed)) => (failed.as_str(), None),
-                (None, None) => return None,
-            };
-            Some(ClosedRow {
-                ended: unix(snapshot.started + lasted),
-                reason,
-                by,
-                failed: snapshot.failed.is_some(),
-                row,
-            })
+                    .is_none_or(|direction| direction == scope.direction)
+                && filter
+                    .host
+                    .as_ref()
+                    .is_none_or(|part| with(connection, part))
         });
         let start = (filter.page - 1).saturating_mul(filter.rows);
-        Self {
-            connections: rows.skip(start).take(filter.rows).collect(),
+        if start > 0 {
+            matching.nth(start - 1);
         }
+        let connections = matching.by_ref().take(filter.rows);
+        let connections =
+            connections.filter_map(|connection| ClosedRow::new(&connection.snapshot()));
+        Self {
+            connections: connections.collect(),
+            more: matching.next().is_some(),
+            page: filter.page,
+            filter,
+        }
+    }
+}
+
+impl ClosedRow {
+    fn new(snapshot: &ConnectionSnapshot) -> Option<Self> {
+        let lasted = snapshot.setup.unwrap_or_default() + snapshot.age.unwrap_or_default();
+        let (reason, by) = match (snapshot.closed, snapshot.failed) {
+            (Some((reason, by)), _) => (reason.as_str(), Some(by.as_str())),
+            (None, Some(failed)) => (failed.as_str(), None),
+            (None, None) => return None,
+        };
+        Some(Self {
+            ended: unix(snapshot.started + lasted),
+            reason,
+            by,
+            failed: snapshot.closed.is_none(),
+            row: Row::new(snapshot, None, Duration::ZERO),
+        })
     }
 }
 
@@ -787,7 +925,7 @@ impl Closed {
 pub(super) struct Link<'a>(pub(super) Option<&'a str>);
 
 #[derive(Serialize)]
-pub(super) struct Trace {
+pub(super) struct TraceView {
     pub(super) trace_id: String,
     pub(super) span_id: String,
     pub(super) sampled: bool,
@@ -795,7 +933,7 @@ pub(super) struct Trace {
     pub(super) link: Option<String>,
 }
 
-impl Trace {
+impl TraceView {
     fn new(trace: TraceRef, link: &Link<'_>) -> Self {
         let hex = |bytes: &[u8]| {
             bytes

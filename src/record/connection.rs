@@ -87,7 +87,7 @@ struct Aside {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Serving {
     /// Which one of the connection's.
-    number: u32,
+    number: u64,
     pub(crate) trace: TraceRef,
     /// When it was known, while somebody wants to know.
     pub(crate) since: Option<Duration>,
@@ -151,6 +151,7 @@ impl Connection {
         host_slot: HostSlot,
     ) -> Self {
         let cell = scope.shard(id).cells.take(host_slot);
+        let keeps_timeline = AtomicBool::new(scope.timelines_watched());
         Self {
             id,
             scope,
@@ -164,7 +165,7 @@ impl Connection {
             trace: OnceLock::new(),
             socket: SocketSlot::default(),
             aside: OnceLock::new(),
-            keeps_timeline: AtomicBool::new(false),
+            keeps_timeline,
             expired: AtomicBool::new(false),
             state: AtomicU8::new(ConnectionState::Connecting as u8),
             protocol: AtomicU8::new(0),
@@ -466,7 +467,8 @@ impl Connection {
 
     // === timeline ===
 
-    /// From now on moments are kept: the connection's spans are sampled.
+    /// From now on moments are kept: the connection's spans are sampled. (They are kept from the start
+    /// where somebody looks at each connection.)
     pub(crate) fn keep_timeline(&self) {
         self.keeps_timeline.store(true, Relaxed);
     }
@@ -594,6 +596,7 @@ impl Connection {
             self.cell.requests.store(number, Relaxed);
             shard.requests += 1;
             let found = Acquired {
+                number,
                 reused: number > 1,
                 was_idle: self.state() == ConnectionState::Idle,
                 idle_since: self.cell.since.load(Relaxed),
@@ -625,25 +628,30 @@ impl Connection {
         self.door.load(Relaxed)
     }
 
-    /// This request is served now. What is given back tells it from those that ran before.
-    pub(crate) fn serves(&self, trace: TraceRef) -> u32 {
-        let number = self.requests() as u32;
+    /// This request is served now, by the number that it was [acquired](Acquired::number) with. Told
+    /// again, it has a better trace.
+    pub(crate) fn serves(&self, number: u64, trace: TraceRef) {
         let since = self.scope.watched().then(|| self.elapsed());
         let mut serving = lock(&self.aside().serving);
-        // Those that nobody took back, and what is more than a page shows.
-        let others = (self.in_flight() as usize).clamp(1, SERVING) - 1;
-        let excess = serving.len().saturating_sub(others);
-        serving.drain(..excess);
+        if let Some(known) = serving.iter_mut().find(|known| known.number == number) {
+            known.trace = trace;
+            return;
+        }
+        if serving.len() >= SERVING {
+            // The earliest are the ones that hang; the latest is a straggler's trace.
+            serving.pop();
+        }
+        // Most connections serve one at a time.
+        serving.reserve_exact(1);
         serving.push(Serving {
             number,
             trace,
             since,
         });
-        number
     }
 
-    /// It is not any more; a later one stays.
-    pub(crate) fn served(&self, request: u32) {
+    /// It is not any more.
+    pub(crate) fn served(&self, request: u64) {
         if let Some(aside) = self.aside.get() {
             lock(&aside.serving).retain(|serving| serving.number != request);
         }
@@ -656,10 +664,10 @@ impl Connection {
             .map(|serving| serving.trace)
     }
 
-    /// Requests that are served and have a trace, the earliest first; at most 32 of them.
+    /// Requests that are served and have a trace, the earliest first; the first 31 and the last.
     #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
     pub(crate) fn all_serving(&self) -> Vec<Serving> {
-        let aside = self.aside.get().filter(|_| self.in_flight() > 0);
+        let aside = self.aside.get();
         aside.map_or_else(Vec::new, |aside| lock(&aside.serving).clone())
     }
 
@@ -850,6 +858,7 @@ impl Connection {
                 gone => Duration::from_nanos(gone - 1),
             };
             let mut shard = self.scope.shard(self.id);
+            let idle = self.idle_for(at);
             let from = self.move_to(&mut shard, ConnectionState::Closed);
             let in_flight = self.in_flight();
             self.scope.orphaned(in_flight);
@@ -858,11 +867,7 @@ impl Connection {
                 reason,
                 initiator,
                 with_active_requests: in_flight > 0,
-                idle: if from == ConnectionState::Idle {
-                    self.idle_for(at)
-                } else {
-                    None
-                },
+                idle,
             };
             let _ = self.closed.set(Box::new(close));
             drop(shard);
@@ -934,6 +939,8 @@ fn hint_of(value: u8) -> Option<(CloseReason, Initiator)> {
 /// What a request found when it got its connection.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Acquired {
+    /// Which of the connection's requests it is, from 1.
+    pub(crate) number: u64,
     pub(crate) reused: bool,
     pub(crate) was_idle: bool,
     idle_since: u64,

@@ -15,7 +15,8 @@ pub(crate) use self::kind::{HighWater, PoolKind, StockHost, Unheard};
 pub(crate) use self::look::PoolLook;
 pub(crate) use self::registry::Pools;
 use crate::event::{
-    CloseReason, FailureReason, GaugeSource, PoolKey, PoolLimit, Target, TraceRef, WaitOutcome,
+    CloseReason, ConnectionId, FailureReason, GaugeSource, PoolKey, PoolLimit, Target, TraceRef,
+    WaitOutcome,
 };
 use crate::record::Scope;
 
@@ -515,13 +516,19 @@ pub(crate) struct Waited<'a> {
 pub(crate) trait PoolSource: Send + Sync {
     fn stats(&self) -> PoolStats;
 
-    /// Who holds what it has, and who waits; none where it does not know.
-    fn look(&self) -> Option<PoolLook> {
+    /// Who holds what it has, and who waits: of each key as many as are asked for. None where it does not
+    /// know.
+    fn look(&self, _most: usize) -> Option<PoolLook> {
         None
     }
 
-    /// Closes what is idle; false where it has no way to.
-    fn close_idle(self: Arc<Self>) -> bool {
+    /// The requests that hold this connection, as far as it knows.
+    fn holders_of(&self, _: ConnectionId) -> Vec<look::HolderLook> {
+        Vec::new()
+    }
+
+    /// Closes what is idle, for this reason; false where it has no way to.
+    fn close_idle(self: Arc<Self>, _: CloseReason) -> bool {
         false
     }
 

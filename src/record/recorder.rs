@@ -8,7 +8,7 @@ use std::collections::hash_map::RandomState;
 use std::collections::{BTreeMap, VecDeque};
 use std::hash::{BuildHasher, Hasher};
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::time::{Duration, SystemTime};
 
@@ -22,12 +22,15 @@ use crate::record::connection::{Connection, Ends, Phase, PhaseKind};
 use crate::record::drains::Listeners;
 use crate::record::handle::ConnectionGuard;
 use crate::record::pool::{PoolSource, PoolStats, Pools, Unheard, Waited};
+use crate::record::scope::TIMELINES;
 use crate::record::stats::{ConnectionSnapshot, Dropped, Drops, Stats};
 use crate::record::times;
 use crate::record::{Scope, lock};
 
 /// How many names may be learned per direction; declared ones are not bounded, they are code.
 const LEARNED_NAMES: usize = 256;
+/// How many closed connections somebody who looks for one goes back, under the history's lock.
+const LOOKED_BACK: usize = 10_000;
 /// Where names beyond the bound are counted.
 pub(crate) const OTHER: &str = "_other";
 
@@ -68,7 +71,7 @@ struct Inner {
     history: Mutex<VecDeque<Arc<Connection>>>,
     history_size: usize,
     drops: Arc<Drops>,
-    watched: Arc<AtomicBool>,
+    watched: Arc<AtomicU32>,
     pools: Mutex<Pools>,
     listeners: Listeners,
     close_watch: OnceLock<Arc<dyn CloseWatch>>,
@@ -114,10 +117,12 @@ impl Recorder {
         self.0.ordinal
     }
 
-    /// From now on somebody looks at each connection: see [`Scope::watched`].
+    /// Somebody looks at each connection, until what is returned is dropped: see [`Scope::watched`].
     #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
-    pub(crate) fn watch(&self) {
-        self.0.watched.store(true, Relaxed);
+    pub(crate) fn watch(&self, timelines: bool) -> Watch {
+        let who = if timelines { TIMELINES + 1 } else { 1 };
+        self.0.watched.fetch_add(who, Relaxed);
+        Watch(self.0.watched.clone(), who)
     }
 
     /// The part of connection ids that tells this one from others.
@@ -502,7 +507,7 @@ impl Recorder {
         dropped
     }
 
-    /// The connection with this id, if it is not closed, or else is remembered.
+    /// The connection with this id, if it is not closed, or else is among the last that were.
     #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
     pub(crate) fn find_connection(&self, id: ConnectionId) -> Option<Arc<Connection>> {
         if id.instance != self.0.instance {
@@ -555,6 +560,14 @@ impl Recorder {
         (found.collect(), ids.last().map(id))
     }
 
+    /// The last connections that were closed and attempts that failed, newest first; not all of them
+    /// where very many are remembered.
+    #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
+    pub(crate) fn newest_history(&self) -> Vec<Arc<Connection>> {
+        let history = lock(&self.0.history);
+        history.iter().rev().take(LOOKED_BACK).cloned().collect()
+    }
+
     pub(crate) fn history(&self) -> Vec<ConnectionSnapshot> {
         let closed: Vec<_> = lock(&self.0.history).iter().cloned().collect();
         closed
@@ -569,6 +582,15 @@ impl std::fmt::Debug for Recorder {
         f.debug_struct("Recorder")
             .field("instance", &self.0.instance)
             .finish_non_exhaustive()
+    }
+}
+
+/// Somebody looks at each connection.
+pub(crate) struct Watch(Arc<AtomicU32>, u32);
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.0.fetch_sub(self.1, Relaxed);
     }
 }
 

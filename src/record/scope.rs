@@ -15,7 +15,7 @@
 //! recursion.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Instant, SystemTime};
 
@@ -45,6 +45,9 @@ const REQUESTS_SEEN: u8 = 8;
 const TRACKED: u8 = 16;
 const STATES_SEEN: u8 = 32;
 const TLS_SEEN: u8 = 64;
+
+/// What one who looks at timelines adds to the number of those who look; there are fewer of these.
+pub(crate) const TIMELINES: u32 = 1 << 16;
 
 /// Where a host's counts stand in its scope. Slot 0 is "no host", for a listener; then come the
 /// learned ones, then `_other`.
@@ -76,7 +79,7 @@ pub(crate) struct Scope {
     trackers: RwLock<Composed>,
     drops: Arc<Drops>,
     /// Somebody looks at each connection, on the live page.
-    watched: Arc<AtomicBool>,
+    watched: Arc<AtomicU32>,
     /// The most connections that a listener may have; zero for no limit.
     max_connections: AtomicU64,
     born: Instant,
@@ -214,7 +217,7 @@ impl Scope {
         name: Arc<str>,
         observers: Composed,
         drops: Arc<Drops>,
-        watched: Arc<AtomicBool>,
+        watched: Arc<AtomicU32>,
     ) -> Self {
         static ORDINAL: AtomicU32 = AtomicU32::new(0);
         Self {
@@ -304,7 +307,12 @@ impl Scope {
     /// Somebody looks at each connection, so what costs a little more is kept, too: since when it is
     /// active.
     pub(crate) fn watched(&self) -> bool {
-        self.watched.load(Ordering::Relaxed)
+        self.watched.load(Ordering::Relaxed) > 0
+    }
+
+    /// And at their timelines.
+    pub(crate) fn timelines_watched(&self) -> bool {
+        self.watched.load(Ordering::Relaxed) >= TIMELINES
     }
 
     /// A listener of this name may have so many connections. Of several the last one's stands.
@@ -505,18 +513,23 @@ impl Scope {
         }
     }
 
-    /// Looks at every connection of this scope that is not closed, in no order: some at a time, so that
-    /// no lock is held for long.
+    /// Looks at every connection of this scope that is not closed, in no order. No lock is held for long,
+    /// and none while it looks.
     #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
     pub(crate) fn each_connection(&self, mut look: impl FnMut(&Arc<Connection>)) {
         const AT_A_TIME: usize = 128;
+        let mut batch: Vec<Arc<Connection>> = Vec::with_capacity(AT_A_TIME);
         for shard in &self.shards {
             let ids: Vec<u64> = lock(&shard.0).live.keys().copied().collect();
             for ids in ids.chunks(AT_A_TIME) {
-                let shard = lock(&shard.0);
-                ids.iter()
-                    .filter_map(|id| shard.live.get(id))
-                    .for_each(&mut look);
+                {
+                    let shard = lock(&shard.0);
+                    batch.extend(ids.iter().filter_map(|id| shard.live.get(id)).cloned());
+                }
+                // The last reference may be ours by now: it is freed here.
+                for connection in batch.drain(..) {
+                    look(&connection);
+                }
             }
         }
     }

@@ -56,7 +56,7 @@ impl SocketSlot {
     #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
     pub(crate) fn can_shut_down(&self) -> bool {
         let slot = lock(&self.0);
-        slot.as_ref().is_some_and(|socket| socket.cookie.is_none())
+        cfg!(target_os = "linux") && slot.as_ref().is_some_and(|socket| socket.cookie.is_none())
     }
 
     fn check_from_now_on(&self) {

@@ -202,8 +202,8 @@ pub struct ScopeStats {
     /// A listener's `max_connections`, if it has one; of several listeners of the name, the last one's.
     pub max_connections: Option<u64>,
     /// How long set-up took, of outbound connections that were established and of TLS handshakes on
-    /// accepted ones: where the bucket begins, and how many are in it and in no later one. x/net/trace:
-    /// the latencies of `/debug/requests`.
+    /// accepted ones: where the bucket begins, and how many are in it and in no later one. Not part of what
+    /// the sequence number vouches for. x/net/trace: the latencies of `/debug/requests`.
     pub setup_durations: Vec<(Duration, u64)>,
     /// How long closed connections had been usable, likewise. x/net/trace: the ages of `/debug/events`.
     pub lifetimes: Vec<(Duration, u64)>,
@@ -450,7 +450,8 @@ pub struct ConnectionSnapshot {
     pub bytes_written: u64,
     /// Its set-up span, once that was written.
     pub trace: Option<TraceRef>,
-    /// Its first and last moments; kept while its spans are sampled.
+    /// Its first and last moments; kept where its spans are sampled, or a live page was there when it
+    /// began.
     pub timeline: Vec<TimelineEntry>,
     /// How many moments between them were not kept.
     pub timeline_dropped: u64,

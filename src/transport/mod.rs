@@ -45,6 +45,7 @@ use http::{Request, Response};
 use http_body::Body;
 use tower_service::Service;
 
+use crate::event::CloseReason;
 use crate::exchange::caller::Caller;
 use crate::observer::{Composed, Observer};
 use crate::outbound::dialer::Dialer;
@@ -211,7 +212,8 @@ impl Transport {
     /// Closes what is idle, and what comes back before the next request. What runs goes on. Go:
     /// `CloseIdleConnections`.
     pub fn close_idle_connections(&self) {
-        self.0.shells().for_each(Shell::close_idle);
+        let close = |shell| Shell::close_idle(shell, CloseReason::Shutdown);
+        self.0.shells().for_each(close);
     }
 
     /// Serves no further request, tells those that wait, closes what is idle, and waits for the rest

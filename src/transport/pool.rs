@@ -732,10 +732,10 @@ impl Pool {
     }
 
     /// Closes what is idle, and what comes back before the next request.
-    pub(crate) fn close_idle(&mut self, now: Now) {
+    pub(crate) fn close_idle(&mut self, reason: CloseReason, now: Now) {
         self.idle_closed = true;
         while let Some(conn) = self.idle.front() {
-            self.evict(conn, CloseReason::Shutdown, None, now);
+            self.evict(conn, reason, None, now);
         }
         // Dials that nobody waits for.
         let orphans: Vec<u32> = self
@@ -758,7 +758,7 @@ impl Pool {
             self.leave(waiter, WaitOutcome::PoolClosed, None, now);
             self.gone_if_unused(key);
         }
-        self.close_idle(now);
+        self.close_idle(CloseReason::Shutdown, now);
         let dials: Vec<u32> = self.dials.iter().map(|(at, _)| at as u32).collect();
         for dial in dials {
             self.cancel_dial(dial);

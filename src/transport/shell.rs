@@ -28,7 +28,9 @@ use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-use crate::event::{CloseReason, PoolEvent, PoolEventKind, PoolSnapshot, RequestId, WaitOutcome};
+use crate::event::{
+    CloseReason, ConnectionId, PoolEvent, PoolEventKind, PoolSnapshot, RequestId, WaitOutcome,
+};
 use crate::observer::{Composed, Observer, shielded};
 use crate::outbound::dialer::Dialer;
 use crate::record::outbox::Outbox;
@@ -500,10 +502,10 @@ impl Shell {
 
     // === orders ===
 
-    pub(crate) fn close_idle(self: &Arc<Self>) {
+    pub(crate) fn close_idle(self: &Arc<Self>, reason: CloseReason) {
         let now = self.now();
         let mut guard = self.lock();
-        guard.pool.close_idle(now);
+        guard.pool.close_idle(reason, now);
         self.apply(guard, None);
     }
 
@@ -848,13 +850,19 @@ impl PoolSource for Shell {
     }
 
     #[cfg(feature = "inspect")]
-    fn look(&self) -> Option<crate::record::pool::PoolLook> {
+    fn look(&self, most: usize) -> Option<crate::record::pool::PoolLook> {
         let now = self.now();
-        Some(self.lock().pool.look(now))
+        Some(self.lock().pool.look(most, now))
     }
 
-    fn close_idle(self: Arc<Self>) -> bool {
-        Self::close_idle(&self);
+    #[cfg(feature = "inspect")]
+    fn holders_of(&self, id: ConnectionId) -> Vec<crate::record::pool::look::HolderLook> {
+        let now = self.now();
+        self.lock().pool.holders_of(id, now)
+    }
+
+    fn close_idle(self: Arc<Self>, reason: CloseReason) -> bool {
+        Self::close_idle(&self, reason);
         true
     }
 

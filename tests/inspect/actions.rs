@@ -166,7 +166,10 @@ async fn a_pool_closes_its_own() {
     .await;
     assert_eq!(answer.status, 200, "{}", answer.body);
     until(|| pool.stats().idle == 0).await;
-    assert_eq!(pool.stats().event_with("IdleConnOut", "shutdown"), 1);
+    assert_eq!(
+        pool.stats().event_with("IdleConnOut", "operator_request"),
+        1
+    );
     assert!(
         pool.clone()
             .oneshot(ask())

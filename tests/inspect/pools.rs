@@ -100,7 +100,7 @@ async fn why_a_request_waits_is_read_in_one_look() {
     let key = &pool_row["keys"][0];
     let why = key["why"].as_str().unwrap();
     assert!(
-        why.starts_with("5 requests wait because max_conns_per_host = 2 is reached"),
+        why.starts_with("5 requests wait: 5 for a slot, as max_conns_per_host = 2 is reached (2 active connections)"),
         "{why}"
     );
     let waiters = key["waiters"].as_array().unwrap();
@@ -169,7 +169,9 @@ async fn a_limit_on_requests_shows_its_places() {
     let limit = limits(&view);
     let why = limit["keys"][0]["why"].as_str().unwrap();
     assert!(
-        why.starts_with("2 requests wait because max_in_flight_per_host = 1 is reached"),
+        why.starts_with(
+            "2 requests wait: 2 for a slot, as max_in_flight_per_host = 1 is reached (1 request)"
+        ),
         "{why}"
     );
     assert!(

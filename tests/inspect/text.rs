@@ -92,7 +92,11 @@ fn is_id(word: &str) -> bool {
 
 fn is_time(word: &str) -> bool {
     let number = word.trim_end_matches(['µ', 'm', 's']);
-    number.len() < word.len() && number.parse::<f64>().is_ok()
+    // With a unit, or as in a timeline.
+    let exact = word
+        .split_once('.')
+        .is_some_and(|(_, rest)| rest.len() == 6);
+    (number.len() < word.len() || exact) && number.parse::<f64>().is_ok()
 }
 
 fn is_kept(name: &str, text: &str) {
@@ -166,6 +170,17 @@ fn the_json_has_the_fields_that_it_had() {
         assert_eq!(view["title"], "shop");
         fields(&view, name, &mut found);
     }
+    // And each of them is in the documentation.
+    let documentation = include_str!("../../docs/live-page.md");
+    for path in &found {
+        for field in path.split('.').skip(1) {
+            let name = format!("`{}`", field.trim_end_matches("[]"));
+            assert!(
+                documentation.contains(&name),
+                "{path}: {name} is not documented"
+            );
+        }
+    }
     let lines: Vec<_> = found.into_iter().collect();
     is_kept("fields.txt", &(lines.join("\n") + "\n"));
 }
@@ -209,7 +224,7 @@ fn the_numbers_are_those_of_the_snapshot_in_code() {
     let recent = backend["recent_errors"].as_array().unwrap();
     let recent: Vec<_> = recent
         .iter()
-        .map(|b| (b["seconds"].as_f64().unwrap(), &b["count"]))
+        .map(|b| (b["within"].as_f64().unwrap(), &b["count"]))
         .collect();
     let windows = [10.0, 60.0, 600.0, 3_600.0, 36_000.0];
     let two = Value::from(2);
@@ -326,9 +341,11 @@ fn what_comes_from_outside_does_nothing_anywhere() {
     assert!(given.contains(&"a\u{1b}[2J\r\nb:80"), "{given:?}");
     // A stream's lines can't be forged by one.
     let events = crate::inspect::ask::events(page, "/connections?live=1", 1);
-    assert!(
-        events.lines().all(|line| line.is_empty()
+    assert!(events.lines().all(|line| {
+        line.is_empty()
             || line.starts_with("data: ")
-            || line.starts_with("retry: "))
-    );
+            || ["retry: ", "event: "]
+                .iter()
+                .any(|begin| line.starts_with(begin))
+    }));
 }

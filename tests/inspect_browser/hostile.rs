@@ -125,7 +125,7 @@ async fn hostile_texts_are_shown_and_do_nothing() {
         assert_eq!(
             tab.eval("document.querySelector('[name=name]').value")
                 .await,
-            name
+            format!("={name}")
         );
         assert!(
             tab.eval("document.querySelectorAll('tbody tr').length")

@@ -148,14 +148,15 @@ async fn connections_and_each_of_them_are_shown_as_they_are() {
         .eval("[...document.querySelectorAll('main a[rel=noreferrer]')].map(a => [a.textContent, a.getAttribute('href')])")
         .await;
     let links: Vec<[String; 2]> = serde_json::from_value(links).unwrap();
-    let [[trace, link]] = &links[..] else {
+    let [own, request] = &links[..] else {
         panic!("{links:?}")
     };
-    let begin = format!("http://localhost:16686/trace/{trace}?span=");
-    assert!(
-        link.starts_with(&begin) && link.ends_with(r#"&a='"><script>"#),
-        "{link}"
-    );
+    assert_eq!(request[0], "00000000000000010000000000000001");
+    for [trace, link] in [own, request] {
+        let begin = format!("http://localhost:16686/trace/{trace}?span=");
+        let whole = link.starts_with(&begin) && link.ends_with(r#"&a='"><script>"#);
+        assert!(whole, "{link}");
+    }
     // An accepted one, to the requests that it serves now.
     let _waiter = shop.waiter(7).await;
     let serving = shop.ids("shop")[1].to_string();
@@ -192,9 +193,9 @@ async fn the_pools_view_says_who_holds_who_waits_in_order_and_why() {
     let waiting = rows(&tab, "Who waits").await;
     let places: Vec<_> = waiting
         .iter()
-        .map(|row| (&*row["Place"], &*row["Why"], &row["Trace"][16..]))
+        .map(|row| (&*row["Place"], &*row["Waits for"], &row["Trace"][16..]))
         .collect();
-    let why = "max_conns_per_host";
+    let why = "slot";
     assert_eq!(
         places,
         [

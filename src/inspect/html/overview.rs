@@ -7,7 +7,7 @@ use maud::{Markup, html};
 use crate::event::Direction;
 use crate::inspect::html::pools::pool_table;
 use crate::inspect::html::{Frame, action, td, unseen};
-use crate::inspect::query::Filter;
+use crate::inspect::query::{Filter, Name};
 use crate::inspect::text::{bound, bytes, clean, maybe, time};
 use crate::inspect::view::{Bucket, Count, Family, Overview};
 
@@ -17,7 +17,7 @@ pub(super) fn overview(view: &Overview, frame: &Frame<'_>) -> Markup {
             b { (view.open) } " connections open, "
             @if view.waiting > 0 { a.busy href={ (frame.base) "/pools" } { b { (view.waiting) } " requests waiting" } }
             @else { b { "0" } " requests waiting" }
-            ", up " (time(view.uptime)) "."
+            ", watched for " (time(view.watched_for)) "."
         }
         h2 { "Listeners" }
         @if view.listeners.is_empty() { p.dim { "None." } }
@@ -69,7 +69,7 @@ fn family_table(families: &[Family], frame: &Frame<'_>, caption: &str) -> Markup
                                 (td(family.new)) (td(maybe(family.oldest_new, time))) (td(family.hijacked))
                                 (td(maybe(family.max_connections, |n| n.to_string())))
                                 (td(maybe(family.limit_hits, |n| n.to_string())))
-                                (td(maybe(family.accept_queue, |[n, most]| format!("{n} of {most}"))))
+                                (td(maybe(family.accept_queue, |queue| format!("{} of {}", queue.length, queue.limit))))
                             } @else {
                                 (td(family.connecting)) (td(maybe(family.attempts, |n| n.to_string())))
                             }
@@ -105,7 +105,7 @@ fn actions(family: &Family, frame: &Frame<'_>) -> Markup {
 
 fn names(family: &Family) -> String {
     Filter {
-        name: Some(family.name.to_string()),
+        name: Some(Name::Exactly(family.name.to_string())),
         direction: Some(family.direction),
         ..Filter::default()
     }
@@ -135,7 +135,7 @@ fn families(view: &Overview) -> Markup {
                 thead { tr {
                     th scope="col" { "Family" }
                     th.n scope="col" { "Live" }
-                    @for bucket in &any.recent_errors { th.n scope="col" { "errs<" (bound(bucket.seconds)) } }
+                    @for bucket in &any.recent_errors { th.n scope="col" { "errs<" (bound(bucket.within)) } }
                     th.n scope="col" { "errors" }
                     th scope="col" { "Last 10 min: opened" }
                     th scope="col" { "Last 10 min: errors" }
@@ -150,7 +150,7 @@ fn families(view: &Overview) -> Markup {
                             }
                             (td(family.errors))
                             td { (sparkline(&family.trend.opened, "connections opened")) }
-                            td { (sparkline(&family.trend.trouble, "errors")) }
+                            td { (sparkline(&family.trend.errors, "errors")) }
                         }
                     }
                 }
@@ -177,7 +177,7 @@ fn histograms<'a>(
                 caption { (caption) }
                 thead { tr {
                     th scope="col" { "Family" }
-                    @for bucket in bounds { th.n scope="col" { "≥" (bound(bucket.seconds)) } }
+                    @for bucket in bounds { th.n scope="col" { "≥" (bound(bucket.from)) } }
                     th scope="col" { "Shape" }
                 } }
                 tbody {

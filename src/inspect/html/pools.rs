@@ -44,7 +44,7 @@ pub(super) fn pool_table<'a>(
                             (n(pool.active)) (n(pool.idle)) (n(pool.dialing)) (n(pool.in_use))
                             td.n.z[pool.waiting == 0].busy[pool.waiting > 0] { (pool.waiting) }
                             (td(maybe(pool.oldest_wait, time))) (td(pool.waiting_max))
-                            td { (sparkline(&pool.trend.trouble, "requests waiting")) }
+                            td { (sparkline(&pool.trend.waiting, "requests waiting")) }
                             td { ul { @for limit in &pool.limits { li {
                                 (limit.limit) " " b { (limit.value) }
                                 @if let Some(hits) = limit.hits.filter(|hits| *hits > 0) { ", hit " (hits) " times" }
@@ -121,7 +121,9 @@ fn key_detail(key: &PoolKeyView, rows: usize, frame: &Frame<'_>) -> Markup {
         article data-key=(clean(&key.key)) {
             h3 { (clean(&key.key)) }
             @if let Some(why) = &key.why { p.why { (why) "." } }
-            p { (key.active) " active, " (key.idle) " idle, " (key.dialing) " dialing" }
+            @if let (Some(active), Some(idle), Some(dialing)) = (key.active, key.idle, key.dialing) {
+                p { (active) " active, " (idle) " idle, " (dialing) " dialing" }
+            }
             div.pair {
                 @if !key.waiters.is_empty() { (waiters(key, rows)) }
                 @if !key.holders.is_empty() { (holders(key, rows, frame)) }
@@ -137,12 +139,12 @@ fn waiters(key: &PoolKeyView, rows: usize) -> Markup {
         div.wide { table {
             caption { "Who waits, in order" }
             thead { tr {
-                th.n scope="col" { "Place" } th.n scope="col" { "Request" } th.n scope="col" { "Waits for" }
-                th scope="col" { "Why" } th scope="col" { "Trace" }
+                th.n scope="col" { "Place" } th.n scope="col" { "Request" } th.n scope="col" { "For" }
+                th scope="col" { "Waits for" } th scope="col" { "Trace" }
             } }
             tbody { @for waiter in shown { tr data-key=(waiter.request) {
                 (td(waiter.position)) (td(waiter.request)) (td(time(waiter.waited)))
-                td { (waiter.reason) @if waiter.dialing { ", dial under way" } }
+                td { (waiter.waits_for.replace('_', " ")) }
                 td { @if let Some(trace) = &waiter.trace { (trace_link(trace)) } }
             } } }
         }

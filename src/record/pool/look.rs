@@ -6,10 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::event::{ConnectionId, PoolKey, RequestId, TraceRef};
-use crate::record::pool::WaitReason;
 
-/// How many keys, and how many holders and waiters of each, a look shows.
-pub(crate) const LOOK_AT: usize = 64;
+/// How many keys a look shows.
+pub(crate) const KEYS: usize = 16;
 
 /// The keys with waiters first, by who has waited longest; then the others with holders, most first.
 #[derive(Clone, Debug, Default)]
@@ -22,15 +21,29 @@ pub(crate) struct PoolLook {
 #[derive(Clone, Debug)]
 pub(crate) struct KeyLook {
     pub(crate) key: Arc<PoolKey>,
-    pub(crate) active: usize,
-    pub(crate) idle: usize,
-    pub(crate) dialing: usize,
-    /// Those that hold a connection or, of an in-flight limit, a place.
+    /// None of an in-flight limit, which knows no connections.
+    pub(crate) connections: Option<ConnectionsLook>,
+    /// Requests that hold a connection or, of an in-flight limit, a place.
     pub(crate) holders: Vec<HolderLook>,
+    /// What is held and not shown: connections, of an in-flight limit places.
     pub(crate) holders_omitted: usize,
     /// The one that has waited longest first.
     pub(crate) waiters: Vec<WaiterLook>,
-    pub(crate) waiters_omitted: usize,
+    /// Requests that wait.
+    pub(crate) waiting: usize,
+    /// Of these, those in the queue for a slot or a place.
+    pub(crate) waiting_for_slot: usize,
+    /// Of these, those with a dial of their own.
+    pub(crate) waiting_for_dial: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ConnectionsLook {
+    pub(crate) active: usize,
+    pub(crate) idle: usize,
+    pub(crate) dialing: usize,
+    /// What counts under `max_conns_per_host`: dials, and connections until their socket is closed.
+    pub(crate) slots_taken: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -47,29 +60,50 @@ pub(crate) struct HolderLook {
 pub(crate) struct WaiterLook {
     pub(crate) request: RequestId,
     pub(crate) waited: Duration,
-    pub(crate) why: WaitReason,
-    /// A dial is under way for it.
-    pub(crate) dials: bool,
+    pub(crate) what_for: WhatFor,
     pub(crate) trace: Option<TraceRef>,
+}
+
+/// What a request waits for now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WhatFor {
+    /// The right to dial or, of an in-flight limit, to be sent.
+    Slot,
+    /// A dial of its own, or a connection that is free before.
+    OwnDial,
+    /// Somebody else's dial, or a connection that is free before.
+    OthersDial,
+}
+
+impl WhatFor {
+    /// As it stands in JSON.
+    #[cfg_attr(not(feature = "inspect"), allow(dead_code))]
+    pub(crate) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Slot => "slot",
+            Self::OwnDial => "own_dial",
+            Self::OthersDial => "others_dial",
+        }
+    }
 }
 
 impl PoolLook {
     /// Picks the keys to show, by how long the first of each waits and how many hold something; `show`
     /// looks at each of them.
     pub(crate) fn new(
-        keys: impl Iterator<Item = (u32, Option<Duration>, usize)>,
+        mut keys: Vec<(u32, Option<Duration>, usize)>,
         show: impl FnMut(u32) -> KeyLook,
     ) -> Self {
-        let mut keys: Vec<_> = keys.collect();
-        keys.sort_unstable_by_key(|(key, wait, held)| (Reverse(*wait), Reverse(*held), *key));
-        let shown = keys.len().min(LOOK_AT);
+        let by = |key: &(u32, Option<Duration>, usize)| (Reverse(key.1), Reverse(key.2), key.0);
+        let keys_omitted = keys.len().saturating_sub(KEYS);
+        if keys_omitted > 0 {
+            keys.select_nth_unstable_by_key(KEYS, by);
+            keys.truncate(KEYS);
+        }
+        keys.sort_unstable_by_key(by);
         Self {
-            keys: keys[..shown]
-                .iter()
-                .map(|(key, ..)| *key)
-                .map(show)
-                .collect(),
-            keys_omitted: keys.len() - shown,
+            keys: keys.iter().map(|(key, ..)| *key).map(show).collect(),
+            keys_omitted,
         }
     }
 }

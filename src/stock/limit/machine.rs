@@ -20,7 +20,7 @@ use crate::event::{
     RequestId, TraceRef, WaitOutcome,
 };
 use crate::list::{Link, List};
-use crate::record::pool::look::{HolderLook, KeyLook, LOOK_AT, WaiterLook};
+use crate::record::pool::look::{HolderLook, KeyLook, WaiterLook, WhatFor};
 use crate::record::pool::{HOLDERS, HostCounts, LimitHit, Now, PoolLook, Row, Wait, WaitReason};
 
 /// Hosts that have nothing are forgotten where more than these are known: most are asked for again.
@@ -417,26 +417,22 @@ impl Machine {
         })
     }
 
-    /// Who holds places, and who waits, for people.
-    pub(super) fn look(&mut self, now: Now) -> PoolLook {
-        let hosts: Vec<_> = self
-            .hosts
-            .iter()
-            .filter(|(_, h)| !h.of_resting.is_on())
-            .map(|(at, h)| {
-                let first = h.waiting.front().map(|first| &self.waiters[first as usize]);
-                let wait = first.map(|waiter| now.mono.saturating_sub(waiter.since.mono));
-                (at as u32, wait, h.holders.len())
-            })
-            .collect();
-        PoolLook::new(hosts.into_iter(), |host| self.look_at(host, now))
+    /// Who holds places, and who waits, for people: of each host at most so many.
+    pub(super) fn look(&mut self, most: usize, now: Now) -> PoolLook {
+        let first_wait = |h: &Host| {
+            let first = &self.waiters[h.waiting.front()? as usize];
+            Some(now.mono.saturating_sub(first.since.mono))
+        };
+        let busy = self.hosts.iter().filter(|(_, h)| !h.of_resting.is_on());
+        let hosts = busy.map(|(at, h)| (at as u32, first_wait(h), h.holders.len()));
+        PoolLook::new(hosts.collect(), |host| self.look_at(host, most, now))
     }
 
-    fn look_at(&mut self, host: u32, now: Now) -> KeyLook {
+    fn look_at(&mut self, host: u32, most: usize, now: Now) -> KeyLook {
         let h = &self.hosts[host as usize];
         let (held, waiting) = (h.holders, h.waiting);
         let (mut holders, mut next) = (Vec::new(), held.front());
-        while let Some(at) = next.filter(|_| holders.len() < LOOK_AT) {
+        while let Some(at) = next.filter(|_| holders.len() < most) {
             next = List::after(&mut self.holders, at, |p| &mut p.of_host);
             let holder = &self.holders[at as usize];
             let since = Some(holder.since).filter(|since| !since.is_zero());
@@ -448,26 +444,25 @@ impl Machine {
             });
         }
         let (mut waiters, mut next) = (Vec::new(), waiting.front());
-        while let Some(at) = next.filter(|_| waiters.len() < LOOK_AT) {
+        while let Some(at) = next.filter(|_| waiters.len() < most) {
             next = List::after(&mut self.waiters, at, |w| &mut w.of_host);
             let waiter = &self.waiters[at as usize];
             waiters.push(WaiterLook {
                 request: waiter.request,
                 waited: now.mono.saturating_sub(waiter.since.mono),
-                why: WaitReason::MaxConnsPerHost,
-                dials: false,
+                what_for: WhatFor::Slot,
                 trace: waiter.asker.trace,
             });
         }
         KeyLook {
             key: self.hosts[host as usize].key.clone(),
-            active: 0,
-            idle: 0,
-            dialing: 0,
+            connections: None,
             holders_omitted: held.len() - holders.len(),
             holders,
-            waiters_omitted: waiting.len() - waiters.len(),
             waiters,
+            waiting: waiting.len(),
+            waiting_for_slot: waiting.len(),
+            waiting_for_dial: 0,
         }
     }
 

@@ -291,9 +291,9 @@ impl PoolSource for Shell {
         .of_kind(PoolKind::InFlight)
     }
 
-    fn look(&self) -> Option<PoolLook> {
+    fn look(&self, most: usize) -> Option<PoolLook> {
         let now = self.now();
-        Some(self.lock().machine.look(now))
+        Some(self.lock().machine.look(most, now))
     }
 
     fn mishaps(&self) -> [u64; 2] {

@@ -2,65 +2,80 @@
 
 use super::*;
 use crate::record::pool::PoolLook;
-use crate::record::pool::look::{HolderLook, KeyLook, LOOK_AT, WaiterLook};
+use crate::record::pool::look::{ConnectionsLook, HolderLook, KeyLook, WaiterLook, WhatFor};
 
 impl Pool {
-    pub(crate) fn look(&mut self, now: Now) -> PoolLook {
-        let keys: Vec<_> = self
-            .keys
-            .iter()
-            .map(|(at, k)| {
-                let first = k.waiting.front().map(|first| &self.waiters[first as usize]);
-                let wait = first.map(|waiter| now.mono.saturating_sub(waiter.since.mono));
-                (at as u32, wait, k.active.len())
-            })
-            .collect();
-        PoolLook::new(keys.into_iter(), |key| self.look_at(key, now))
+    /// Of each key at most so many who hold, and as many who wait.
+    pub(crate) fn look(&mut self, most: usize, now: Now) -> PoolLook {
+        let first_wait = |k: &Key| {
+            let first = &self.waiters[k.waiting.front()? as usize];
+            Some(now.mono.saturating_sub(first.since.mono))
+        };
+        let keys = self.keys.iter();
+        let keys = keys.map(|(at, k)| (at as u32, first_wait(k), k.active.len()));
+        PoolLook::new(keys.collect(), |key| self.look_at(key, most, now))
     }
 
-    fn look_at(&mut self, key: u32, now: Now) -> KeyLook {
-        let (mut holders, mut holding) = (Vec::new(), 0);
+    /// The requests that hold this connection.
+    pub(crate) fn holders_of(&self, id: ConnectionId, now: Now) -> Vec<HolderLook> {
+        let mut conns = self.conns.iter().map(|(_, c)| c);
+        let found = conns.find(|c| c.id == id);
+        found.map_or_else(Vec::new, |c| c.looks(now).collect())
+    }
+
+    fn look_at(&mut self, key: u32, most: usize, now: Now) -> KeyLook {
+        let (mut holders, mut shown) = (Vec::new(), 0);
         let mut next = self.keys[key as usize].active.front();
-        // What is not shown is only counted, and not all of it is looked at.
-        while let Some(conn) = next.filter(|_| holders.len() < LOOK_AT) {
+        while let Some(conn) = next.filter(|_| holders.len() < most) {
             next = List::after(&mut self.conns, conn, |c| &mut c.of_key);
             let c = &self.conns[conn as usize];
-            holding += c.holders.len();
-            let room = LOOK_AT - holders.len();
-            holders.extend(c.holders.iter().take(room).map(|holder| HolderLook {
-                request: holder.request,
-                connection: Some(c.id),
-                held_for: Some(now.mono.saturating_sub(holder.since)),
-                trace: holder.trace,
-            }));
-        }
-        while let Some(conn) = next {
-            next = List::after(&mut self.conns, conn, |c| &mut c.of_key);
-            holding += self.conns[conn as usize].holders.len();
+            holders.extend(c.looks(now).take(most - holders.len()));
+            shown += 1;
         }
         let mut waiters = Vec::new();
         let mut next = self.keys[key as usize].waiting.front();
-        while let Some(waiter) = next.filter(|_| waiters.len() < LOOK_AT) {
+        while let Some(waiter) = next.filter(|_| waiters.len() < most) {
             next = List::after(&mut self.waiters, waiter, |w| &mut w.of_key);
             let w = &self.waiters[waiter as usize];
             waiters.push(WaiterLook {
                 request: w.request,
                 waited: now.mono.saturating_sub(w.since.mono),
-                why: w.reason,
-                dials: w.dial.is_some(),
+                what_for: if w.of_slots.is_on() {
+                    WhatFor::Slot
+                } else if w.dial.is_some() {
+                    WhatFor::OwnDial
+                } else {
+                    WhatFor::OthersDial
+                },
                 trace: w.asker.trace,
             });
         }
         let k = &self.keys[key as usize];
         KeyLook {
             key: k.key.clone(),
-            active: k.active.len(),
-            idle: k.idle.len(),
-            dialing: k.dialing,
-            holders_omitted: holding - holders.len(),
+            connections: Some(ConnectionsLook {
+                active: k.active.len(),
+                idle: k.idle.len(),
+                dialing: k.dialing,
+                slots_taken: k.permits,
+            }),
             holders,
-            waiters_omitted: k.waiting.len() - waiters.len(),
+            holders_omitted: k.active.len() - shown,
             waiters,
+            waiting: k.waiting.len(),
+            waiting_for_slot: k.slots.len(),
+            waiting_for_dial: k.dialers,
         }
+    }
+}
+
+impl Conn {
+    fn looks(&self, now: Now) -> impl Iterator<Item = HolderLook> + '_ {
+        self.holders.iter().map(move |holder| HolderLook {
+            request: holder.request,
+            connection: Some(self.id),
+            held_for: Some(now.mono.saturating_sub(holder.since)),
+            trace: holder.trace,
+        })
     }
 }

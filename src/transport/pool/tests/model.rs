@@ -593,7 +593,7 @@ impl World {
     pub(super) fn close_idle(&mut self) -> &Step {
         let now = self.now;
         self.idle_closed = true;
-        self.both(|pool| pool.close_idle(now));
+        self.both(|pool| pool.close_idle(CloseReason::Shutdown, now));
         self.carry_out(Input::CloseIdle);
         assert_eq!(self.pool.background_dials(), 0);
         self.check();
