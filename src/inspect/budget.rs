@@ -17,6 +17,21 @@ const BURST: Duration = Duration::from_millis(200);
 /// What each request costs beside what is timed: to be read, and to be sent.
 pub(super) const EXCHANGE: Duration = Duration::from_micros(150);
 
+/// What this thread has used so far. Of its processor's time, not of the day's: on a machine that has too
+/// much to do a page takes long and costs no more, and it is there that it is needed.
+#[cfg(target_os = "linux")]
+pub(super) fn spent() -> Duration {
+    let spent = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(spent).unwrap_or_default()
+}
+
+/// What has passed: more than this thread has used.
+#[cfg(not(target_os = "linux"))]
+pub(super) fn spent() -> Duration {
+    static BEGIN: std::sync::LazyLock<Instant> = std::sync::LazyLock::new(Instant::now);
+    BEGIN.elapsed()
+}
+
 #[derive(Debug)]
 pub(super) struct Budget(Mutex<State>);
 
@@ -71,6 +86,20 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn work_costs_and_waiting_does_not() {
+        let before = spent();
+        std::thread::sleep(Duration::from_millis(50));
+        let waited = spent() - before;
+        assert!(
+            !cfg!(target_os = "linux") || waited < Duration::from_millis(25),
+            "{waited:?}"
+        );
+        while spent() < before + Duration::from_millis(50) {
+            std::hint::black_box(0);
+        }
+    }
 
     #[test]
     fn who_asks_now_and_then_waits_for_nothing_and_who_never_stops_gets_the_share() {

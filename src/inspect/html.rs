@@ -4,15 +4,15 @@
 //! changes stands in `main`, which the script replaces; without the script the page is as complete,
 //! and a reload brings it up to date.
 
+mod overview;
+mod pools;
+
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use crate::event::{ConnectionState, Direction};
-use crate::inspect::query::{Filter, Name, STATES, Sort, text as duration};
-use crate::inspect::text::{bound, bytes, clean, date, facts, limits, maybe, time, tls_version};
-use crate::inspect::view::{
-    Bucket, Closed, Connections, Count, Family, Holder, One, Overview, Page, Pool, PoolKeyView,
-    PoolRow, Pools, Row, TraceView, View,
-};
+use crate::event::{ConnectionState, Direction, Endpoint};
+use crate::inspect::query::{Filter, ROWS, STATES, Sort, text as duration};
+use crate::inspect::text::{bytes, clean, date, facts, maybe, time, tls_version};
+use crate::inspect::view::{Closed, Connections, One, Page, Row, TraceView, View};
 
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
@@ -83,10 +83,10 @@ pub(super) fn document(page: &Page<'_>, frame: &Frame<'_>) -> String {
 /// What changes.
 pub(super) fn content(page: &Page<'_>, frame: &Frame<'_>) -> Markup {
     match &page.view {
-        View::Overview(view) => overview(view, frame),
+        View::Overview(view) => overview::overview(view, frame),
         View::Connections(view) => connections(view, frame),
         View::Connection(view) => one(view, frame),
-        View::Pools(view) => pools(view, frame),
+        View::Pools(view) => pools::pools(view, frame),
         View::Closed(view) => closed(view, frame),
     }
 }
@@ -123,286 +123,45 @@ fn action(frame: &Frame<'_>, path: &str, of: &[(&str, &str)], text: &str) -> Mar
     }
 }
 
+/// A number. What is nothing stands back, so that what is something stands out.
 fn td(value: impl ToString) -> Markup {
-    html! { td.n { (value.to_string()) } }
+    let value = value.to_string();
+    let nothing = matches!(&*value, "0" | "-" | "0 B");
+    html! { td.n.z[nothing] { (value) } }
 }
 
-fn overview(view: &Overview, frame: &Frame<'_>) -> Markup {
-    html! {
-        p {
-            b { (view.open) } " connections open, "
-            b class=[(view.waiting > 0).then_some("busy")] { (view.waiting) } " requests waiting, watched for "
-            (time(view.watched_for)) "."
-        }
-        h2 { "Listeners" }
-        @if view.listeners.is_empty() { p.dim { "None." } }
-        @else { (family_table(&view.listeners, frame, "Inbound connections by listener")) }
-        h2 { "Dialers" }
-        @if view.dialers.is_empty() { p.dim { "None." } }
-        @else { (family_table(&view.dialers, frame, "Outbound connections by dialer")) }
-        h2 { "Pools" }
-        @if view.pools.is_empty() { p.dim { "None." } }
-        @else { (pool_table(view.pools.iter(), frame)) }
-        (families(view))
-        (dropped(view))
-    }
-}
-
-fn family_table(families: &[Family], frame: &Frame<'_>, caption: &str) -> Markup {
-    let inbound = families
-        .iter()
-        .any(|family| family.direction == Direction::Inbound);
-    html! {
-        div.wide {
-            table {
-                caption { (caption) }
-                thead { tr {
-                    th scope="col" { "Name" }
-                    @for head in ["Open", "Active", "Idle"] { th.n scope="col" { (head) } }
-                    @if inbound {
-                        @for head in ["New", "Oldest new", "Hijacked", "Limit", "Limit hits", "Accept queue"] {
-                            th.n scope="col" { (head) }
-                        }
-                    } @else {
-                        @for head in ["Connecting", "Attempts"] { th.n scope="col" { (head) } }
-                    }
-                    @for head in ["Opened", "Requests", "Read", "Written"] { th.n scope="col" { (head) } }
-                    th scope="col" { "Last 10 min: open" }
-                    th scope="col" { "Failed" }
-                    th scope="col" { "Closed" }
-                } }
-                tbody {
-                    @for family in families {
-                        tr data-key=(clean(&family.family)) {
-                            th scope="row" {
-                                a href={ (frame.base) "/connections?" (names(family)) } { (clean(&family.name)) }
-                                @if family.draining == Some(true) { " " span.busy { "draining" } }
-                                @if family.draining == Some(false) {
-                                    " " (action(frame, "drain", &[("listener", &family.name)], "Drain"))
-                                }
-                                @if family.idle > 0 {
-                                    " " (action(
-                                        frame,
-                                        "close-idle",
-                                        &[("name", &family.name), ("direction", family.direction.as_str())],
-                                        "Close idle",
-                                    ))
-                                }
-                            }
-                            (td(family.open)) (td(family.active)) (td(family.idle))
-                            @if inbound {
-                                (td(family.new)) (td(maybe(family.oldest_new, time))) (td(family.hijacked))
-                                (td(maybe(family.max_connections, |n| n.to_string())))
-                                (td(maybe(family.limit_hits, |n| n.to_string())))
-                                (td(maybe(family.accept_queue, |queue| format!("{} of {}", queue.length, queue.limit))))
-                            } @else {
-                                (td(family.connecting)) (td(maybe(family.attempts, |n| n.to_string())))
-                            }
-                            (td(family.opened)) (td(family.requests))
-                            (td(bytes(family.bytes_read))) (td(bytes(family.bytes_written)))
-                            td { (sparkline(&family.trend.open, "open connections")) }
-                            td.bad { (counts(&family.failures)) }
-                            td { (counts(&family.closed)) }
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-fn names(family: &Family) -> String {
-    Filter {
-        name: Some(Name::Exactly(family.name.to_string())),
-        direction: Some(family.direction),
-        ..Filter::default()
-    }
-    .query()
-}
-
-fn counts(counts: &[Count]) -> Markup {
-    html! {
-        @for (n, count) in counts.iter().enumerate() {
-            @if n > 0 { ", " }
-            (count.reason) " " (count.count)
-        }
-    }
-}
-
-/// The families and buckets of x/net/trace: `/debug/events` and the latencies of `/debug/requests`.
-fn families(view: &Overview) -> Markup {
-    let all = || view.listeners.iter().chain(&view.dialers);
-    let Some(any) = all().next() else {
-        return html! {};
-    };
-    html! {
-        h2 { "Families" }
-        div.wide {
-            table {
-                caption { "Live connections, and errors of late: failed set-ups and accepts, and connections that ended by an error" }
-                thead { tr {
-                    th scope="col" { "Family" }
-                    th.n scope="col" { "Live" }
-                    @for bucket in &any.recent_errors { th.n scope="col" { "errs<" (bound(bucket.within)) } }
-                    th.n scope="col" { "errors" }
-                    th scope="col" { "Last 10 min: opened" }
-                    th scope="col" { "Last 10 min: errors" }
-                } }
-                tbody {
-                    @for family in all() {
-                        tr data-key=(clean(&family.family)) {
-                            th scope="row" { (clean(&family.family)) }
-                            (td(family.open))
-                            @for bucket in &family.recent_errors {
-                                td.n class=[(bucket.count > 0).then_some("bad")] { (bucket.count) }
-                            }
-                            (td(family.errors))
-                            td { (sparkline(&family.trend.opened, "connections opened")) }
-                            td { (sparkline(&family.trend.errors, "errors")) }
-                        }
-                    }
-                }
-            }
-        }
-        @if all().any(Family::has_setups) {
-            (histograms("Set-up times: how many took at least so long, and not as long as the next bucket",
-                all().filter(|family| family.has_setups()).map(|family| (family, &family.setup_durations[..]))))
-        }
-        (histograms("Lives of closed connections, likewise",
-            all().map(|family| (family, &family.lifetimes[..]))))
-    }
-}
-
-fn histograms<'a>(
-    caption: &str,
-    families: impl Iterator<Item = (&'a Family, &'a [Bucket])>,
-) -> Markup {
-    let mut families = families.peekable();
-    let bounds = families.peek().map_or(&[][..], |(_, buckets)| *buckets);
-    html! {
-        div.wide {
-            table {
-                caption { (caption) }
-                thead { tr {
-                    th scope="col" { "Family" }
-                    @for bucket in bounds { th.n scope="col" { "≥" (bound(bucket.from)) } }
-                    th scope="col" { "Shape" }
-                } }
-                tbody {
-                    @for (family, buckets) in families {
-                        tr data-key=(clean(&family.family)) {
-                            th scope="row" { (clean(&family.family)) }
-                            @for bucket in buckets { (td(bucket.count)) }
-                            td { (bars(buckets)) }
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-fn bars(buckets: &[Bucket]) -> Markup {
-    let most = buckets.iter().map(|bucket| bucket.count).max().unwrap_or(0);
-    html! {
-        svg width=(buckets.len() * 8) height="18" aria-hidden="true" {
-            @for (at, bucket) in buckets.iter().enumerate().filter(|(_, bucket)| bucket.count > 0) {
-                @let height = (bucket.count * 16).div_ceil(most.max(1));
-                rect x=(at * 8) y=(18 - height) width="6" height=(height) {}
-            }
-        }
-    }
-}
-
-/// The last minutes as a line; its words are for who doesn't see it.
-fn sparkline(values: &[u64], of: &str) -> Markup {
-    let most = values.iter().copied().max().unwrap_or(0);
-    let last = values.last().copied().unwrap_or(0);
-    let points = values.iter().enumerate().map(|(at, value)| {
-        let x = at + 120 - values.len().min(120);
-        let y = 17.0 - 16.0 * *value as f64 / most.max(1) as f64;
-        format!("{x},{y:.0}")
-    });
-    let points: Vec<_> = points.collect();
-    html! {
-        svg width="120" height="18" role="img" aria-label={ (of) ": now " (last) ", at most " (most) } {
-            polyline points=(points.join(" ")) {}
-        }
-        " " span.dim { "max " (most) }
-    }
-}
-
-fn dropped(view: &Overview) -> Markup {
-    let dropped = serde_json::to_value(view.dropped).unwrap_or_default();
-    let dropped = dropped.as_object().into_iter().flatten();
-    let some: Vec<_> = dropped
-        .filter(|(_, count)| count.as_u64() != Some(0))
-        .collect();
-    html! {
-        @if !some.is_empty() {
-            h2 { "Dropped by the telemetry" }
-            dl { @for (name, count) in some { dt { (name) } dd { (count.to_string()) } } }
-        }
-    }
-}
-
-fn pool_table<'a>(pools: impl Iterator<Item = &'a PoolRow>, frame: &Frame<'_>) -> Markup {
-    let n = |n: Option<u64>| td(maybe(n, |n| n.to_string()));
-    html! {
-        div.wide {
-            table {
-                caption { "Connections and requests by pool" }
-                thead { tr {
-                    th scope="col" { "Name" }
-                    th scope="col" { "Kind" }
-                    @for head in ["Active", "Idle", "Dialing", "In use", "Waiting", "Oldest wait", "Most waiting"] {
-                        th.n scope="col" { (head) }
-                    }
-                    th scope="col" { "Last 10 min: waiting" }
-                    th scope="col" { "Limits" }
-                } }
-                tbody {
-                    @for (at, pool) in pools.enumerate() {
-                        tr data-key={ (at) "-" (clean(&pool.name)) } {
-                            th scope="row" {
-                                a href={ (frame.base) "/pools" } { (clean(&pool.name)) }
-                                @if pool.kind == "transport" && pool.idle.unwrap_or(0) > 0 {
-                                    " " (action(frame, "close-idle", &[("pool", &pool.name)], "Close idle"))
-                                }
-                            }
-                            td { (pool.kind.replace('_', " ")) }
-                            (n(pool.active)) (n(pool.idle)) (n(pool.dialing)) (n(pool.in_use))
-                            td.n class=[(pool.waiting > 0).then_some("busy")] { (pool.waiting) }
-                            (td(maybe(pool.oldest_wait, time))) (td(pool.waiting_max))
-                            td { (sparkline(&pool.trend.waiting, "requests waiting")) }
-                            td { (limits(pool)) }
-                        }
-                    }
-                }
-            }
-        }
-    }
+/// A caption for who can't see the heading above it.
+fn unseen(caption: &str) -> Markup {
+    html! { caption { span.unseen { (caption) } } }
 }
 
 // === connections ===
 
-fn filter_form(base: &str, filter: &Filter) -> Markup {
-    let field = |name: &str, text: &str, value: Option<String>, hint: &str| {
-        html! {
-            label { (text) input name=(name) value=(value.unwrap_or_default()) placeholder=(hint) size="12"; }
-        }
-    };
+fn field(name: &str, text: &str, value: Option<String>, hint: &str) -> Markup {
     html! {
-        section #filter aria-label="Filter" {
-            form method="get" action={ (base) "/connections" } role="search" {
-                (field("name", "Name", filter.name.as_ref().map(ToString::to_string), ""))
-                label { "Direction" select name="direction" {
-                    option value="" { "any" }
-                    @for direction in [Direction::Inbound, Direction::Outbound] {
-                        option value=(direction) selected[filter.direction == Some(direction)] { (direction) }
-                    }
-                } }
-                (field("host", "Host", filter.host.clone(), ""))
+        label { (text) input name=(name) value=(value.unwrap_or_default()) placeholder=(hint) size="12" autocomplete="off"; }
+    }
+}
+
+/// Which connections, open or closed.
+fn whose(filter: &Filter) -> Markup {
+    html! {
+        (field("name", "Name", filter.name.as_ref().map(ToString::to_string), ""))
+        label { "Direction" select name="direction" {
+            option value="" { "any" }
+            @for direction in [Direction::Inbound, Direction::Outbound] {
+                option value=(direction) selected[filter.direction == Some(direction)] { (direction) }
+            }
+        } }
+        (field("host", "Host", filter.host.clone(), ""))
+    }
+}
+
+fn filter_form(base: &str, filter: &Filter) -> Markup {
+    html! {
+        div #filter {
+            form method="get" action={ (base) "/connections" } role="search" aria-label="Filter" {
+                (whose(filter))
                 label { "State" select name="state" {
                     option value="" { "any" }
                     @for state in STATES {
@@ -424,18 +183,10 @@ fn filter_form(base: &str, filter: &Filter) -> Markup {
 }
 
 fn closed_form(base: &str, filter: &Filter) -> Markup {
-    let name = filter.name.as_ref().map(ToString::to_string);
     html! {
-        section #filter aria-label="Filter" {
-            form method="get" action={ (base) "/closed" } role="search" {
-                label { "Name" input name="name" value=[name] size="12"; }
-                label { "Direction" select name="direction" {
-                    option value="" { "any" }
-                    @for direction in [Direction::Inbound, Direction::Outbound] {
-                        option value=(direction) selected[filter.direction == Some(direction)] { (direction) }
-                    }
-                } }
-                label { "Host" input name="host" value=[filter.host.as_deref()] size="12"; }
+        div #filter {
+            form method="get" action={ (base) "/closed" } role="search" aria-label="Filter" {
+                (whose(filter))
                 button type="submit" { "Filter" }
                 a href={ (base) "/closed" } { "Clear" }
             }
@@ -510,7 +261,7 @@ fn cells(row: &Row, frame: &Frame<'_>) -> Markup {
         _ => None,
     };
     html! {
-        td { a href={ (frame.base) "/connections/" (row.id) } { (row.id) } }
+        th scope="row" { a href={ (frame.base) "/connections/" (row.id) } { (row.id) } }
         td { (match row.direction { Direction::Inbound => "in", Direction::Outbound => "out" }) }
         td.t { (clean(&row.name)) }
         td.t { (maybe(row.host.as_deref(), |host| clean(host).into_owned())) }
@@ -530,24 +281,40 @@ fn one(view: &One, frame: &Frame<'_>) -> Markup {
     let row = &view.row;
     let open = view.close_reason.is_none() && view.failure.is_none();
     let facts = facts(view);
-    let plain = facts
+    let more = facts
         .iter()
-        .filter(|(name, _)| !matches!(*name, "trace" | "serves"));
+        .filter(|(name, _)| !matches!(*name, "trace" | "serves" | "active for"));
+    let end = |end: Option<&Endpoint>| maybe(end, |end| clean(&end.to_string()).into_owned());
+    let facts = [
+        ("state", row.state.as_str().to_owned()),
+        ("direction", row.direction.as_str().to_owned()),
+        ("name", clean(&row.name).into_owned()),
+        (
+            "host",
+            maybe(row.host.as_deref(), |host| clean(host).into_owned()),
+        ),
+        ("local", end(row.local.as_ref())),
+        ("peer", end(row.peer.as_ref())),
+        ("protocol", maybe(row.protocol, str::to_owned)),
+        ("tls", tls_version(row)),
+        ("age", time(row.age)),
+        ("idle for", maybe(row.idle, time)),
+        ("active for", maybe(row.active, time)),
+        ("requests", row.requests.to_string()),
+        ("in flight", row.in_flight.to_string()),
+        ("read", bytes(row.bytes_read)),
+        ("written", bytes(row.bytes_written)),
+        ("rtt", maybe(row.rtt, time)),
+        ("retransmits", maybe(row.retransmits, |n| n.to_string())),
+    ];
+    let fact = |name: &str, value: &str| html! { div { dt { (name) } dd { (value) } } };
     html! {
         h2 { "Connection " (row.id) " · " (clean(&row.name)) }
         @if open { p { (action(frame, "close", &[("id", &row.id)], "Close this connection")) } }
-        div.wide { table {
-            caption { "Now" }
-            thead { tr { @for head in [
-                "Id", "Dir", "Name", "Host", "Local", "Peer", "Protocol", "TLS", "State", "Age", "Idle for",
-                "Active for", "Requests", "In flight", "Read", "Written", "RTT", "Retransmits",
-            ] { th scope="col" { (head) } } } }
-            tbody { tr { (cells(row, frame)) } }
-        } }
-        h2 { "Facts" }
-        dl {
-            @for (name, value) in plain { dt { (name) } dd { (value) } }
-            @if let Some(trace) = &view.trace { dt { "trace" } dd { (trace_link(trace)) } }
+        dl.cols {
+            @for (name, value) in &facts { (fact(name, value)) }
+            @for (name, value) in more { (fact(name, value)) }
+            @if let Some(trace) = &view.trace { div { dt { "trace" } dd { (trace_link(trace)) } } }
         }
         h2 { "Requests that it serves now" }
         @if row.in_flight == 0 { p.dim { "None." } }
@@ -567,8 +334,8 @@ fn one(view: &One, frame: &Frame<'_>) -> Markup {
         @if view.timeline.is_empty() { p.dim { "Kept for connections whose spans are sampled." } }
         @else {
             div.wide { table {
-                caption { "Seconds since the start" }
-                thead { tr { th.n scope="col" { "At" } th scope="col" { "What" } } }
+                (unseen("What happened, in seconds since the start"))
+                thead { tr { th.n scope="col" { "Second" } th scope="col" { "What" } } }
                 tbody { @for entry in &view.timeline { tr {
                     td.n { (format!("{:.6}", entry.at)) }
                     td { (entry.event) @if let Some(detail) = &entry.detail { " (" (detail) ")" } }
@@ -589,87 +356,6 @@ fn trace_link(trace: &TraceView) -> Markup {
     }
 }
 
-// === pools ===
-
-fn pools(view: &Pools, frame: &Frame<'_>) -> Markup {
-    html! {
-        @if view.pools.is_empty() { p.dim { "No pools." } }
-        @else { (pool_table(view.pools.iter().map(|pool| &pool.row), frame)) }
-        @for (at, pool) in view.pools.iter().enumerate() { (pool_detail(at, pool, frame)) }
-    }
-}
-
-fn pool_detail(at: usize, pool: &Pool, frame: &Frame<'_>) -> Markup {
-    html! {
-        section data-key={ (at) "-" (clean(&pool.row.name)) } {
-            h2 { (clean(&pool.row.name)) }
-            @match &pool.keys {
-                None => p.dim { "It does not say who has its connections, and who waits." },
-                Some(keys) if keys.is_empty() => p.dim { "Nobody holds anything, and nobody waits." },
-                Some(keys) => { @for key in keys { (key_detail(key, frame)) } }
-            }
-            @if pool.keys_omitted > 0 { p.dim { "And " (pool.keys_omitted) " more hosts." } }
-            @if !pool.row.events.is_empty() {
-                details { summary { "Events so far" }
-                    dl { @for event in &pool.row.events {
-                        dt { (event.event) @if let Some(reason) = event.reason { " " (reason) } }
-                        dd { (event.count) }
-                    } }
-                }
-            }
-        }
-    }
-}
-
-fn key_detail(key: &PoolKeyView, frame: &Frame<'_>) -> Markup {
-    html! {
-        article data-key=(clean(&key.key)) {
-            h3 { (clean(&key.key)) }
-            @if let (Some(active), Some(idle), Some(dialing)) = (key.active, key.idle, key.dialing) {
-                p { (active) " active, " (idle) " idle, " (dialing) " dialing" }
-            }
-            @if let Some(why) = &key.why { p.why { (why) "." } }
-            @if !key.holders.is_empty() { (holders(&key.holders, frame)) }
-            @if key.holders_omitted > 0 { p.dim { "And " (key.holders_omitted) " more." } }
-            @if !key.waiters.is_empty() {
-                div.wide { table {
-                    caption { "Who waits, in order" }
-                    thead { tr {
-                        th.n scope="col" { "Place" } th.n scope="col" { "Request" } th.n scope="col" { "Waits for" }
-                        th scope="col" { "Why" } th scope="col" { "Trace" }
-                    } }
-                    tbody { @for waiter in &key.waiters { tr data-key=(waiter.request) {
-                        (td(waiter.position)) (td(waiter.request)) (td(time(waiter.waited)))
-                        td { (waiter.waits_for.replace('_', " ")) }
-                        td { @if let Some(trace) = &waiter.trace { (trace_link(trace)) } }
-                    } } }
-                } }
-            }
-            @if key.waiters_omitted > 0 { p.dim { "And " (key.waiters_omitted) " more wait." } }
-        }
-    }
-}
-
-fn holders(holders: &[Holder], frame: &Frame<'_>) -> Markup {
-    html! {
-        div.wide { table {
-            caption { "Who holds" }
-            thead { tr {
-                th.n scope="col" { "Request" } th scope="col" { "Connection" } th.n scope="col" { "For" }
-                th scope="col" { "Trace" }
-            } }
-            tbody { @for holder in holders { tr data-key=(holder.request) {
-                (td(holder.request))
-                td { @if let Some(id) = &holder.connection {
-                    a href={ (frame.base) "/connections/" (id) } { (id) }
-                } }
-                (td(maybe(holder.held_for, time)))
-                td { @if let Some(trace) = &holder.trace { (trace_link(trace)) } }
-            } } }
-        } }
-    }
-}
-
 // === closed ===
 
 fn closed(view: &Closed, frame: &Frame<'_>) -> Markup {
@@ -684,7 +370,7 @@ fn closed(view: &Closed, frame: &Frame<'_>) -> Markup {
                 @let row = &closed.row;
                 tr data-key=(row.id) {
                     td { (date(closed.ended)) }
-                    td { a href={ (frame.base) "/connections/" (row.id) } { (row.id) } }
+                    th scope="row" { a href={ (frame.base) "/connections/" (row.id) } { (row.id) } }
                     td { (match row.direction { Direction::Inbound => "in", Direction::Outbound => "out" }) }
                     td.t { (clean(&row.name)) }
                     td.t { (maybe(row.host.as_deref(), |host| clean(host).into_owned())) }
@@ -696,5 +382,6 @@ fn closed(view: &Closed, frame: &Frame<'_>) -> Markup {
                 }
             } }
         } }
+        @if view.connections.len() == ROWS { p { a href={ (frame.base) "/closed?rows=1000" } { "All that are remembered" } } }
     }
 }

@@ -175,10 +175,10 @@ impl Inspector {
 
     /// The page as text of one of the formats. It may take long, and what it takes is owed.
     fn render(&self, place: &Place, filter: Filter, how: &How) -> Result<String, Refusal> {
-        let begin = Instant::now();
+        let before = budget::spent();
         let text = self.text(place, filter, how);
-        let now = Instant::now();
-        self.budget.owe(now - begin, now);
+        let cost = budget::spent().saturating_sub(before);
+        self.budget.owe(cost, Instant::now());
         text
     }
 

@@ -1,52 +1,72 @@
 (() => {
   const main = document.querySelector('main'), status = document.getElementById('status'), button = document.getElementById('pause');
   if (!main || !window.EventSource) return;
+  const keyOf = node => node.nodeType === 1 ? node.dataset.key : undefined;
   // Makes a like b and touches no more than it has to: focus, selection and scrolling stay.
   const like = (a, b) => {
     if (a.isEqualNode(b)) return;
-    if (a.nodeType !== b.nodeType || a.nodeName !== b.nodeName || (a.nodeType === 1 && a.dataset.key !== b.dataset.key)) return a.replaceWith(b);
+    if (a.nodeType !== b.nodeType || a.nodeName !== b.nodeName || keyOf(a) !== keyOf(b)) return a.replaceWith(b);
     if (a.nodeType !== 1) { a.data = b.data; return; }
     for (const { name } of [...a.attributes]) if (name !== 'open' && !b.hasAttribute(name)) a.removeAttribute(name);
     for (const { name, value } of b.attributes) if (a.getAttribute(name) !== value) a.setAttribute(name, value);
-    const keyed = new Map();
-    for (const child of a.children) if (child.dataset.key) keyed.set(child.dataset.key, child);
+    const wanted = new Set([...b.children].map(keyOf)), keyed = new Map();
+    // What is gone goes first, so that what stays need not move.
+    for (const child of [...a.children]) {
+      const key = keyOf(child);
+      if (key && !wanted.has(key)) child.remove(); else if (key) keyed.set(key, child);
+    }
     let at = a.firstChild;
     for (const child of [...b.childNodes]) {
-      const old = child.dataset && child.dataset.key ? keyed.get(child.dataset.key) : null;
-      if (old && old !== at) a.insertBefore(old, at); else if (!old && child.dataset && child.dataset.key) { a.insertBefore(child, at); continue; }
+      const key = keyOf(child), old = keyed.get(key);
+      keyed.delete(key);
+      if (key && !old) { a.insertBefore(child, at); continue; }
+      if (old && old !== at) a.insertBefore(old, at);
       const now = old || at;
-      if (!now) { a.appendChild(child); continue; }
+      if (!now) { a.append(child); continue; }
       at = now.nextSibling;
       like(now, child);
     }
     while (at) { const next = at.nextSibling; at.remove(); at = next; }
   };
-  let source;
-  const say = text => { if (status.textContent !== text) status.textContent = text; };
-  const stop = () => { source && source.close(); source = null; };
+  const update = html => {
+    const next = main.cloneNode(false), focus = document.activeElement;
+    next.append(...new DOMParser().parseFromString(html, 'text/html').body.childNodes);
+    like(main, next);
+    // What moves loses it.
+    if (focus !== document.activeElement && main.contains(focus)) focus.focus({ preventScroll: true });
+  };
+  let source, late, paused = false;
+  const say = (state, text) => {
+    clearTimeout(late);
+    status.className = state;
+    if (status.textContent !== text) status.textContent = text;
+  };
+  const stop = () => { clearTimeout(late); if (source) source.close(); source = null; };
   const start = () => {
     stop();
     const url = new URL(location.href);
     url.searchParams.set('live', '1');
     source = new EventSource(url.pathname + url.search);
-    source.addEventListener('gone', () => { stop(); say('no longer there'); });
-    source.addEventListener('update', event => {
-      const next = new DOMParser().parseFromString(event.data, 'text/html').body;
-      const old = main.cloneNode(false);
-      old.append(...next.childNodes);
-      like(main, old);
-      say('live');
-    });
-    source.onerror = () => { say('waiting for the service'); if (source && source.readyState === 2) setTimeout(() => !paused && !document.hidden && start(), 5000); };
+    source.addEventListener('update', event => { update(event.data); say('live', 'live'); });
+    source.addEventListener('gone', () => { stop(); say('late', 'no longer there'); });
+    source.onerror = () => {
+      clearTimeout(late);
+      // A stream ends now and then and begins anew at once: worth a word only if it does not. One that was
+      // refused does not begin by itself.
+      const refused = source.readyState === EventSource.CLOSED;
+      late = setTimeout(() => { say('late', 'waiting for the service'); if (refused) late = setTimeout(start, 8000); }, 4000);
+    };
   };
-  let paused = false;
   button.hidden = false;
   button.addEventListener('click', () => {
     paused = !paused;
     button.textContent = paused ? 'Resume' : 'Pause';
-    if (paused) { stop(); say('paused'); } else start();
+    if (paused) { stop(); say('paused', 'paused'); } else start();
   });
-  // Nobody looks at a hidden page.
-  document.addEventListener('visibilitychange', () => { if (document.hidden) stop(); else if (!paused) start(); });
-  if (!document.hidden) start();
+  // Nobody looks at a hidden page, or at one that was left.
+  const look = () => { if (document.hidden) stop(); else if (!paused) start(); };
+  document.addEventListener('visibilitychange', look);
+  addEventListener('pagehide', stop);
+  addEventListener('pageshow', event => { if (event.persisted) look(); });
+  look();
 })();

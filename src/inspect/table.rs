@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::event::{ConnectionId, ConnectionState, Direction, Endpoint};
+use crate::inspect::budget::spent;
 use crate::inspect::query::{Filter, Sort};
 use crate::record::scope::is_folded;
 use crate::record::{Connection, Recorder, Scope};
@@ -68,7 +69,7 @@ pub(super) struct Found {
 
 impl Table {
     pub(super) fn take(recorder: &Recorder) -> Self {
-        let taken = Instant::now();
+        let (taken, before) = (Instant::now(), spent());
         let scopes = recorder.scopes();
         let mut table = Self {
             rows: Vec::new(),
@@ -85,7 +86,7 @@ impl Table {
                 rows.extend(Row::of(connection, at as u32, more, taken));
             });
         }
-        table.cost = taken.elapsed();
+        table.cost = spent().saturating_sub(before);
         table
     }
 
