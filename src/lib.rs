@@ -106,7 +106,9 @@ mod conntrack;
 pub mod event;
 #[cfg(feature = "hyper")]
 mod exchange;
-#[cfg(feature = "reqwest")]
+#[cfg(feature = "host")]
+pub mod host;
+#[cfg(all(feature = "reqwest", not(feature = "host")))]
 mod host;
 #[cfg(feature = "net")]
 mod inbound;

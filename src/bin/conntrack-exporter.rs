@@ -1,0 +1,3 @@
+//! `conntrack-exporter`: the host's TCP connections for Prometheus and OTLP.
+
+fn main() {}
