@@ -50,10 +50,14 @@ The program `conntrack-exporter` (feature `exporter`) is this with `/metrics`, O
 mod cgroups;
 #[cfg(feature = "host")]
 mod counters;
+#[cfg(feature = "exporter")]
+pub mod exporter;
 #[cfg(feature = "host")]
 mod groups;
 #[cfg(feature = "host")]
 mod long_term;
+#[cfg(all(feature = "host", feature = "otel"))]
+mod metrics;
 #[cfg(feature = "host")]
 mod monitor;
 #[cfg(target_os = "linux")]
@@ -64,6 +68,8 @@ pub(crate) mod notices;
 mod ports;
 #[cfg(target_os = "linux")]
 pub(crate) mod proc_tcp;
+#[cfg(all(feature = "host", feature = "prometheus"))]
+mod prometheus;
 #[cfg(feature = "host")]
 mod scanner;
 #[cfg(feature = "host")]
@@ -73,6 +79,8 @@ mod snapshot;
 #[cfg(target_os = "linux")]
 pub(crate) mod sock_diag;
 
+#[cfg(all(feature = "host", feature = "prometheus"))]
+pub use self::prometheus::HostCollector;
 #[cfg(feature = "host")]
 pub use self::{
     groups::IpVersion,

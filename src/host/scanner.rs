@@ -191,6 +191,7 @@ impl Scanner {
         let connections = self.connections(begin);
         let at = Instant::now();
         Snapshot {
+            ipv6: self.view.ipv6,
             connections,
             listening: self.view.listening(),
             states: self.view.states(),

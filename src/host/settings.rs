@@ -132,7 +132,7 @@ impl MonitorBuilder {
     }
 
     /// How many rows [`Snapshot::connections`] has at most, besides those without a port, in which the
-    /// rest is summed. Default 1 000; from 1 to 10 000.
+    /// rest is summed. Default 1 000; from 1 to 1 800.
     ///
     /// [`Snapshot::connections`]: super::Snapshot::connections
     pub const fn rows(mut self, rows: usize) -> Self {
@@ -178,8 +178,8 @@ impl MonitorBuilder {
                 help,
             ));
         }
-        if !(1..=10_000).contains(&self.groups) {
-            let help = "must be from 1 to 10000";
+        if !(1..=1_800).contains(&self.groups) {
+            let help = "must be from 1 to 1800";
             return Err(ConfigError::new("rows", &self.groups.to_string(), help));
         }
         if self.group_by == GroupBy::Cgroup && (self.proc_root.is_some() || !self.netlink) {

@@ -22,12 +22,24 @@ pub struct Snapshot {
     pub tcp: TcpCounters,
     /// How the scan went.
     pub scan: Scan,
+    /// Whether IPv6 was looked at.
+    pub(super) ipv6: bool,
 }
 
 impl Snapshot {
     /// How many connections are established.
     pub fn established(&self) -> u64 {
         self.connections.iter().map(|row| row.established).sum()
+    }
+
+    /// The families that were looked at.
+    #[cfg_attr(not(feature = "prometheus"), allow(dead_code))]
+    pub(super) const fn families(&self) -> &[IpVersion] {
+        if self.ipv6 {
+            &[IpVersion::V4, IpVersion::V6]
+        } else {
+            &[IpVersion::V4]
+        }
     }
 
     /// How many of them for as long as was asked for.
