@@ -43,6 +43,8 @@ pub(super) fn open() -> io::Result<OwnedFd> {
 pub(crate) struct Query {
     socket: OwnedFd,
     sequence: u32,
+    /// Whether both families may be asked for at once.
+    both: bool,
 }
 
 impl Query {
@@ -50,6 +52,7 @@ impl Query {
         Ok(Self {
             socket: open()?,
             sequence: 0,
+            both: true,
         })
     }
 
@@ -114,9 +117,9 @@ impl Query {
         Ok(())
     }
 
-    /// Every socket in these states that the filter lets pass (bytecode, see
-    /// [`filter`](crate::host::filter); empty for all), family by family into `buffer`, which is
-    /// used again. An error is one before the first row; what goes wrong later is in [`Read`].
+    /// Every socket in these states that the filter lets pass (a program, see
+    /// [`ports`](crate::host::ports); empty for all), part by part into `buffer`, which is used again.
+    /// An error is one before the first row; what goes wrong later is in [`Read`].
     pub(crate) fn scan(
         &mut self,
         states: u32,
@@ -125,6 +128,18 @@ impl Query {
         mut each: impl FnMut(&Socket),
     ) -> io::Result<Read> {
         let mut read = Read::default();
+        if self.both {
+            let request = netlink::ask_both(states, filter, self.next());
+            match self.walk(&request, buffer, &mut read, &mut each) {
+                Ok(()) => return Ok(read),
+                Err(error) if read.rows > 0 => {
+                    read.torn = Some(error);
+                    return Ok(read);
+                }
+                // Not every kernel knows this question.
+                Err(_) => self.both = false,
+            }
+        }
         for family in [V4, V6] {
             let ask = Ask {
                 family,
@@ -133,14 +148,8 @@ impl Query {
                 states,
                 key: None,
             };
-            self.sequence = self.sequence.wrapping_add(1);
-            let request = netlink::with_filter(&ask.encode(self.sequence), filter);
-            let asked = send(&self.socket, &request, SendFlags::DONTWAIT);
-            let walked = match asked {
-                Ok(_) => self.walk(buffer, &mut read, &mut each),
-                Err(error) => Err(error.into()),
-            };
-            match walked {
+            let request = netlink::with_filter(&ask.encode(self.next()), filter);
+            match self.walk(&request, buffer, &mut read, &mut each) {
                 Ok(()) => {}
                 // A kernel that was built without IPv6.
                 Err(error) if family == V6 && is_unknown(&error) => {}
@@ -151,12 +160,19 @@ impl Query {
         Ok(read)
     }
 
+    fn next(&mut self) -> u32 {
+        self.sequence = self.sequence.wrapping_add(1);
+        self.sequence
+    }
+
     fn walk(
         &self,
+        request: &[u8],
         buffer: &mut [u8],
         read: &mut Read,
         each: &mut impl FnMut(&Socket),
     ) -> io::Result<()> {
+        send(&self.socket, request, SendFlags::DONTWAIT)?;
         loop {
             let (length, _) = recv(&self.socket, &mut *buffer, RecvFlags::DONTWAIT)?;
             let mut messages = Messages::new(&buffer[..length]);
@@ -202,12 +218,8 @@ impl Query {
     }
 
     fn ask(&mut self, ask: &Ask<'_>) -> io::Result<()> {
-        self.sequence = self.sequence.wrapping_add(1);
-        send(
-            &self.socket,
-            &ask.encode(self.sequence),
-            SendFlags::DONTWAIT,
-        )?;
+        let request = ask.encode(self.next());
+        send(&self.socket, &request, SendFlags::DONTWAIT)?;
         Ok(())
     }
 }
