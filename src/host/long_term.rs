@@ -155,6 +155,18 @@ impl LongTerm {
         self.shrink();
     }
 
+    /// Sockets that are none of the table's business after all, by their inodes.
+    pub(super) fn forget(&mut self, is: impl Fn(u32) -> bool) {
+        let mut at = 0;
+        while let Some(entry) = self.entries.get(at) {
+            if entry.inode != 0 && is(entry.inode) {
+                self.remove(at);
+            } else {
+                at += 1;
+            }
+        }
+    }
+
     /// The scan failed after all: what it saw does not make up for what the next one misses.
     pub(super) fn unsee(&mut self) {
         for entry in &mut self.entries {

@@ -170,6 +170,9 @@ impl Scanner {
                 return Err(error);
             }
         };
+        if let Some(own) = self.reader.own_since() {
+            self.table.forget(|inode| own.contains(&inode));
+        }
         self.malformed += read.malformed;
         let torn = match (&read.torn, read.malformed) {
             (Some(error), _) => Some(error.to_string().into()),

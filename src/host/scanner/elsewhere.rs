@@ -16,6 +16,10 @@ impl Reader {
         match *self {}
     }
 
+    pub(super) fn own_since(&mut self) -> Option<&[u32]> {
+        match *self {}
+    }
+
     pub(super) fn read(&mut self, _: &mut Feed<'_>) -> io::Result<(Source, Read)> {
         match *self {}
     }

@@ -98,6 +98,15 @@ impl Reader {
         answer
     }
 
+    /// The sockets of this process, where they are left out and there are others than before the table
+    /// was read: one that was opened meanwhile may be in it.
+    pub(super) fn own_since(&mut self) -> Option<&[u32]> {
+        let own = self.own.as_mut()?;
+        let before = std::mem::take(own);
+        own_sockets(own);
+        (*own != before).then_some(own)
+    }
+
     fn ask(&mut self, each: &mut impl FnMut(&Socket)) -> io::Result<Read> {
         let query = match &mut self.query {
             Some(query) => query,
