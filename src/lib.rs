@@ -56,6 +56,8 @@
 //!   [`Conntrack::stats`] and [`Conntrack::connections`] say what is, at once and consistently.
 //! - **What does the kernel say?** [`ConnectionRecord::tcp_info`]: round-trip time, retransmits and
 //!   the TCP state, also of a socket that hyper's pool holds (Linux).
+//! - **A service that can't be changed?** [`host::Monitor`] reads the kernel's table of connections, and the
+//!   program `conntrack-exporter` serves it to Prometheus (Linux).
 //!
 //! # How it is built
 //!
@@ -82,6 +84,8 @@
 //! | `stock` | no | [`stock`]: pool events of unmodified reqwest and hyper-util clients; with `hyper`, [`InFlightLimit`] |
 //! | `reqwest` | no | [`ReqwestBuilderExt`]: the connections of reqwest as it is; `reqwest-blocking`, `-rustls`, `-middleware` for more of it |
 //! | `reqwest-transport` | no | [`TransportMiddleware`]: reqwest's API over [`Transport`]; `reqwest-transport-cookies`, `-gzip`, `-brotli`, `-deflate`, `-zstd` for more of it |
+//! | `host` | no | [`host`]: every TCP connection of the host, whoever owns it, and for how long (Linux) |
+//! | `exporter` | no | the program `conntrack-exporter`: that for Prometheus and OTLP |
 //! | `serde` | no | snapshots and events serialise |
 //!
 //! Without default features the crate is the vocabulary, the record and [`TrackedIo`].
@@ -91,6 +95,7 @@
     not(all(
         feature = "net",
         feature = "transport",
+        feature = "host",
         feature = "prometheus",
         feature = "reqwest-transport",
         feature = "server",

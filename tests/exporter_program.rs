@@ -495,6 +495,31 @@ fn a_table_for_people_is_printed_once() {
 }
 
 #[test]
+fn the_example_of_a_file_is_one() {
+    let file = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/examples/deploy/conntrack-exporter.conf"
+    );
+    let output = ended(&["--once", "--config", file, "--duration", "0"], &[]);
+    assert!(output.status.success(), "{output:?}");
+    // And what is a comment there is a setting too.
+    let text = std::fs::read_to_string(file).unwrap();
+    let is_setting = |line: &&str| {
+        let line = line.strip_prefix("# ").unwrap_or_default();
+        ["simple", "port 443,8080-8090,https", "listen 0.0.0.0:9690"].contains(&line)
+    };
+    let all = text
+        .lines()
+        .filter(is_setting)
+        .map(|line| &line[2..])
+        .collect::<Vec<_>>();
+    assert_eq!(all.len(), 3, "{text}");
+    let file = File::new("all.conf", &all.join("\n"));
+    let output = ended(&["--once", "--conf", file.path(), "--duration", "0"], &[]);
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
 fn documents_come_from_the_program() {
     let text = |arguments: &[&str]| {
         let output = ended(arguments, &[]);

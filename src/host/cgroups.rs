@@ -88,7 +88,7 @@ fn names(mount: &Path) -> HashMap<u64, Arc<str>> {
 }
 
 /// Where cgroups of version 2 are: `... /sys/fs/cgroup ... - cgroup2 ...` (proc_pid_mountinfo(5)).
-fn mount(mountinfo: &str) -> Option<PathBuf> {
+pub(super) fn mount(mountinfo: &str) -> Option<PathBuf> {
     let at = |line: &str| {
         let (mount, kind) = line.split_once(" - ")?;
         let is = kind.split(' ').next() == Some("cgroup2");

@@ -52,6 +52,9 @@ mod cgroups;
 mod counters;
 #[cfg(feature = "exporter")]
 pub mod exporter;
+#[cfg(all(fuzzing, feature = "host", target_os = "linux"))]
+#[doc(hidden)]
+pub mod fuzzing;
 #[cfg(feature = "host")]
 mod groups;
 #[cfg(feature = "host")]
@@ -165,7 +168,6 @@ impl Key {
     }
 
     /// For a table that does not tell scopes.
-    #[cfg(target_os = "linux")]
     pub(crate) const fn unscoped(mut self) -> Self {
         self.scope = 0;
         self

@@ -308,7 +308,7 @@ fn services(text: &str) -> impl Iterator<Item = (&str, u16, impl Iterator<Item =
     })
 }
 
-fn find_service(text: &str, wanted: &str) -> Option<u16> {
+pub(super) fn find_service(text: &str, wanted: &str) -> Option<u16> {
     services(text)
         .find(|(name, ..)| *name == wanted)
         .or_else(|| {

@@ -66,7 +66,7 @@ fn reader(file: File) -> BufReader<File> {
 }
 
 /// Gives back how many lines could not be read, less the heading.
-fn read_file(mut file: impl BufRead, each: &mut impl FnMut(&Socket)) -> io::Result<u64> {
+pub(super) fn read_file(mut file: impl BufRead, each: &mut impl FnMut(&Socket)) -> io::Result<u64> {
     let mut line = Vec::new();
     let (mut heading, mut malformed) = (true, 0);
     loop {

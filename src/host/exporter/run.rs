@@ -189,8 +189,8 @@ impl Exporting {
 
     /// The last export, within a bound: the SDK's own is longer, so it is not waited for beyond.
     fn stop(self) {
+        let Self { provider, _runtime } = self;
         let (told, done) = std::sync::mpsc::channel();
-        let provider = self.provider.clone();
         let _ = std::thread::Builder::new()
             .name("conntrack-flush".to_owned())
             .spawn(move || told.send(provider.shutdown_with_timeout(FLUSH).is_ok()));

@@ -104,7 +104,8 @@ impl Settings {
             Some((path, origin)) => file::read(path, &origin.to_string())?,
             None => Vec::new(),
         };
-        let path = config.as_ref().map_or(Path::new(""), |(path, _)| path);
+        let path = config.as_ref();
+        let path = path.map_or_else(|| Path::new(""), |(path, _)| path);
         let said = SETTINGS
             .iter()
             .map(|spec| find(spec, flags, environment, path, &lines))
