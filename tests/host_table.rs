@@ -91,16 +91,19 @@ fn until<T>(mut look: impl FnMut() -> Option<T>) -> T {
 #[test]
 fn both_ends_are_counted_by_the_servers_port_in_and_out() {
     let server = Server::v4(5);
-    let snapshot = once(Monitor::builder());
-    for direction in [Direction::Inbound, Direction::Outbound] {
-        let row = row(&snapshot, direction, server.port()).unwrap();
-        assert_eq!((row.established, row.ip), (5, IpVersion::V4), "{row:?}");
-    }
-    // The clients' own ports, which the kernel chose, are nowhere.
-    for (client, _) in &server.ends {
-        let port = client.local_addr().unwrap().port();
-        assert_eq!(row(&snapshot, Direction::Outbound, port), None);
-        assert_eq!(row(&snapshot, Direction::Inbound, port), None);
+    // A wide filter has the clients' ends too.
+    for ports in [Ports::ALL, "1024-65535".parse().unwrap()] {
+        let snapshot = once(Monitor::builder().ports(ports));
+        for direction in [Direction::Inbound, Direction::Outbound] {
+            let row = row(&snapshot, direction, server.port()).unwrap();
+            assert_eq!((row.established, row.ip), (5, IpVersion::V4), "{row:?}");
+        }
+        // The clients' own ports, which the kernel chose, are nowhere.
+        for (client, _) in &server.ends {
+            let port = client.local_addr().unwrap().port();
+            assert_eq!(row(&snapshot, Direction::Outbound, port), None);
+            assert_eq!(row(&snapshot, Direction::Inbound, port), None);
+        }
     }
 }
 
@@ -461,6 +464,25 @@ fn lines_that_make_no_sense_are_skipped_and_counted() {
     proc.write(&good[..2]);
     let snapshot = scan(&mut scanner);
     assert_eq!((inbound(&snapshot, 80), snapshot.scan.torn), (1, None));
+}
+
+#[test]
+fn a_port_that_was_asked_for_is_a_servers_though_nobody_listens_any_more() {
+    let proc = Proc::new("asked");
+    // 80 is nobody's choice but a server's; 40000 may be a client's.
+    proc.write(&[line(80, 1000, 1, 2), line(40_000, 443, 1, 3)]);
+    let settings = Monitor::builder().proc_root(&proc.0);
+    let snapshot = once(settings.clone().ports("80,40000".parse().unwrap()));
+    assert_eq!(inbound(&snapshot, 80), 1);
+    let client = row(&snapshot, Direction::Outbound, 443).map(|row| row.established);
+    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap();
+    let range: Vec<u16> = range
+        .split_whitespace()
+        .map(|port| port.parse().unwrap())
+        .collect();
+    assert_eq!(client.is_some(), (range[0]..=range[1]).contains(&40_000));
+    // Not asked for, so nothing speaks for a server.
+    assert_eq!(inbound(&once(settings), 80), 0);
 }
 
 #[test]

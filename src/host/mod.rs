@@ -23,8 +23,9 @@ for row in &monitor.snapshot().connections {
 ```
 
 - **Age** is real time since a scan first saw the connection established. A scan that fails or is torn loses no age.
-- **Direction**: inbound if its local port was listened on when it was first seen, else outbound. An inbound connection is
-  counted by its local port, an outbound one by the remote port: ephemeral ports make no series.
+- **Direction**: inbound if its local port was listened on when it was first seen (or was asked for and is none that the
+  kernel gives to clients), else outbound. An inbound connection is counted by its local port, an outbound one by the
+  remote port: ephemeral ports make no series.
 - **Linux only.** Elsewhere everything compiles, and [`Scanner::new`] is an error that says so.
 
 The program `conntrack-exporter` (feature `exporter`) is this with `/metrics`, OTLP and a page of its settings.

@@ -55,8 +55,9 @@ struct View {
     ipv6: bool,
     own_port: Option<u16>,
     group_by: GroupBy,
-    /// With a filter, its ports are what connections are counted by: nobody may listen any more.
-    by_local_port: bool,
+    /// Ports that were asked for and that the kernel gives to no client are a server's, though nobody
+    /// may listen there any more.
+    servers: Bits,
     states: [[u64; STATES]; 2],
     queues: BTreeMap<u16, Listening>,
     tallies: Vec<Tally>,
@@ -120,9 +121,13 @@ impl Scanner {
             // Checked: something is left.
             Some(port) => settings.ports.without(port).unwrap_or_default(),
         };
-        let mut wanted = Bits::none();
+        let (mut wanted, mut servers) = (Bits::none(), Bits::none());
+        let clients = client_ports();
         for port in (0..=u16::MAX).filter(|port| ports.contains(*port)) {
             wanted.set(port);
+            if !settings.ports.is_all() && !clients.contains(&port) {
+                servers.set(port);
+            }
         }
         let reader = Reader::new(&settings, ports.program()).map_err(|error| {
             let help = "the host's TCP table is read on Linux only";
@@ -135,7 +140,7 @@ impl Scanner {
                 ipv6: settings.ipv6,
                 own_port: settings.own_port,
                 group_by: settings.group_by,
-                by_local_port: !settings.ports.is_all(),
+                servers,
                 states: Default::default(),
                 queues: BTreeMap::new(),
                 tallies: Vec::new(),
@@ -274,7 +279,7 @@ impl View {
         match socket.state {
             LISTEN => self.listens(local, socket),
             ESTABLISHED => {
-                let inbound = self.by_local_port || self.listened.has(local);
+                let inbound = self.listened.has(local) || self.servers.has(local);
                 let group_by = self.group_by;
                 table.see(socket, now, |groups| {
                     groups.of(GroupKey {
@@ -356,6 +361,16 @@ impl View {
         }
         rows
     }
+}
+
+/// The ports that the kernel gives to clients (ip(7)).
+fn client_ports() -> std::ops::RangeInclusive<u16> {
+    let read = || {
+        let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").ok()?;
+        let mut words = text.split_ascii_whitespace().map(str::parse);
+        Some(words.next()?.ok()?..=words.next()?.ok()?)
+    };
+    read().unwrap_or(32_768..=60_999)
 }
 
 fn label(group_by: GroupBy, socket: &Socket, ip: IpVersion) -> Label {

@@ -52,7 +52,8 @@ impl Snapshot {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Connections {
-    /// Inbound if the local port was listened on when the connection was first seen.
+    /// Inbound if the local port was listened on when the connection was first seen, or was asked for by
+    /// [`MonitorBuilder::ports`](super::MonitorBuilder::ports) and is none that the kernel gives to clients.
     pub direction: Direction,
     /// The local port if inbound, the remote port if outbound. None sums what is beyond
     /// [`MonitorBuilder::rows`](super::MonitorBuilder::rows).

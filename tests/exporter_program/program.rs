@@ -39,7 +39,10 @@ impl Exporter {
         Self::start_with(arguments, &[])
     }
 
-    #[allow(clippy::zombie_processes, reason = "one that says nothing fails the test")]
+    #[allow(
+        clippy::zombie_processes,
+        reason = "one that says nothing fails the test"
+    )]
     pub fn start_with(arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         let listens = |argument: &&str| argument.contains("listen");
         let listen: &[&str] = if arguments.iter().any(listens) || !variables.is_empty() {
