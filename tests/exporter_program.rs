@@ -9,6 +9,8 @@
 
 mod support;
 
+#[path = "support/alone.rs"]
+mod alone;
 #[path = "exporter_program/program.rs"]
 mod program;
 
@@ -148,7 +150,8 @@ fn a_connection_that_was_upgraded_and_is_silent_is_there_all_the_time() {
             let (stream, _) = server.accept().await.unwrap();
             tokio_tungstenite::accept_async(stream).await.unwrap()
         };
-        tokio::join!(client, accept)
+        let ends = tokio::join!(client, accept);
+        (server, ends)
     });
     let exporter = Exporter::start(&["--port", &port, "--duration", "1", "--period", "0.1"]);
     exporter.until("a user", |scrape| {

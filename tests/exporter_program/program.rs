@@ -202,14 +202,17 @@ impl Scrape {
 /// A server and its clients, both ends held.
 pub struct Server {
     pub listener: TcpListener,
+    _alone: Option<socket2::Socket>,
     pub ends: Vec<(TcpStream, TcpStream)>,
 }
 
 impl Server {
     /// None where the host lacks the family.
     pub fn start(address: &str, clients: usize) -> Option<Self> {
+        let (listener, _alone) = crate::alone::listen(address)?;
         let mut server = Self {
-            listener: TcpListener::bind(address).ok()?,
+            listener,
+            _alone,
             ends: Vec::new(),
         };
         (0..clients).for_each(|_| server.connect());
