@@ -350,6 +350,53 @@ fn the_page_has_every_setting_its_origin_and_no_markup_of_others() {
     assert_eq!((status, &*body), (200, ""));
 }
 
+/// Bug 5 of the seed: a read that failed set everything to 0, with no word of why.
+#[test]
+fn a_table_that_goes_away_is_told_and_its_numbers_stay() {
+    let root = std::env::temp_dir().join(format!("conntrack-exporter-proc-{}", std::process::id()));
+    let table = root.join("net/tcp");
+    let text = "heading\n\
+        0: 0100007F:0050 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 1\n\
+        1: 0100007F:0050 0100007F:03E8 01 00000000:00000000 00:00000000 00000000 0 0 2\n\
+        2: no such line\n";
+    std::fs::create_dir_all(table.parent().unwrap()).unwrap();
+    std::fs::write(&table, text).unwrap();
+    let root_text = root.to_str().unwrap();
+    let exporter = Exporter::start(&[
+        "--proc-root",
+        root_text,
+        "--period",
+        "0.1",
+        "--duration",
+        "0",
+    ]);
+    let malformed = [("conntrack_dropped_item", "malformed_row")];
+    let scrape = exporter.scrape();
+    assert!(scrape.value("conntrack_host_dropped_total", &malformed) >= Some(1.0));
+    std::fs::remove_file(&table).unwrap();
+    let failed = [("conntrack_host_scan_result", "failed")];
+    exporter.until("a sick one", |scrape| {
+        assert_eq!(longterm(scrape, "80", "4"), Some(1.0));
+        let (status, _, why) = exporter.get("/-/healthy");
+        let is_sick = status == 503 && why.contains("net/tcp");
+        assert!(is_sick || status == 200, "{status} {why}");
+        let failed = scrape.value("conntrack_host_scans_total", &failed);
+        (is_sick && failed > Some(1.0)).then_some(())
+    });
+    assert!(exporter.get("/").2.contains("The last scan failed"));
+    std::fs::write(&table, text).unwrap();
+    exporter.until("a healthy one", |_| {
+        (exporter.get("/-/healthy").0 == 200).then_some(())
+    });
+    exporter.signal("TERM");
+    let (status, said) = exporter.wait();
+    assert!(
+        status.success() && said.contains("the table can't be read"),
+        "{said}"
+    );
+    std::fs::remove_dir_all(root).unwrap();
+}
+
 // === beginning and end ===
 
 /// Bug 8 of the seed: the port was another than it said, and `--conf` was no flag.
