@@ -60,6 +60,8 @@
 //!   the TCP state, also of a socket that hyper's pool holds (Linux). The last of it is in
 //!   [`ConnectionSnapshot::last_tcp`]. [`Conntrack::audit`] holds what is tracked against the kernel's
 //!   table.
+//! - **A service that can't be changed?** [`host::Monitor`] reads the kernel's table of connections, and the
+//!   program `conntrack-exporter` serves it to Prometheus (Linux).
 //!
 //! # How it is built
 //!
@@ -88,6 +90,8 @@
 //! | `stock` | no | [`stock`]: pool events of unmodified reqwest and hyper-util clients; with `hyper`, [`InFlightLimit`] |
 //! | `reqwest` | no | [`ReqwestBuilderExt`]: the connections of reqwest as it is; `reqwest-blocking`, `-rustls`, `-middleware` for more of it |
 //! | `reqwest-transport` | no | [`TransportMiddleware`]: reqwest's API over [`Transport`]; `reqwest-transport-cookies`, `-gzip`, `-brotli`, `-deflate`, `-zstd` for more of it |
+//! | `host` | no | [`host`]: every TCP connection of the host, whoever owns it, and for how long (Linux) |
+//! | `exporter` | no | the program `conntrack-exporter`: that for Prometheus and OTLP |
 //! | `serde` | no | snapshots and events serialise |
 //!
 //! Without default features the crate is the vocabulary, the record and [`TrackedIo`].
@@ -99,6 +103,7 @@
         feature = "inspect",
         feature = "net",
         feature = "transport",
+        feature = "host",
         feature = "prometheus",
         feature = "reqwest-transport",
         feature = "server",
@@ -116,7 +121,9 @@ mod conntrack;
 pub mod event;
 #[cfg(feature = "hyper")]
 mod exchange;
-#[cfg(any(feature = "reqwest", feature = "audit"))]
+#[cfg(feature = "host")]
+pub mod host;
+#[cfg(all(any(feature = "reqwest", feature = "audit"), not(feature = "host")))]
 mod host;
 #[cfg(feature = "net")]
 mod inbound;
