@@ -15,6 +15,7 @@ mod alone;
 mod program;
 
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -394,6 +395,56 @@ fn a_table_that_goes_away_is_told_and_its_numbers_stay() {
         status.success() && said.contains("the table can't be read"),
         "{said}"
     );
+    std::fs::remove_dir_all(root).unwrap();
+}
+
+/// A pipe instead of the table holds a scan up for as long as one likes.
+#[test]
+fn a_scrape_never_waits_for_a_scan_and_neither_does_the_end() {
+    let root = std::env::temp_dir().join(format!("conntrack-exporter-pipe-{}", std::process::id()));
+    let table = root.join("net/tcp");
+    std::fs::create_dir_all(table.parent().unwrap()).unwrap();
+    let text = "heading\n\
+        1: 0100007F:0050 0100007F:03E8 01 00000000:00000000 00:00000000 00000000 0 0 2\n";
+    std::fs::write(&table, text).unwrap();
+    let root_text = root.to_str().unwrap();
+    let period = ["--period", "0.1", "--duration", "0", "--port", "80"];
+    let exporter = Exporter::start(&[&["--proc-root", root_text][..], &period].concat());
+    let pipe = root.join("net/pipe");
+    assert!(
+        Command::new("mkfifo")
+            .arg(&pipe)
+            .status()
+            .unwrap()
+            .success()
+    );
+    std::fs::rename(&pipe, &table).unwrap();
+    let whole = [("conntrack_host_scan_result", "whole")];
+    let scans = |scrape: &Scrape| scrape.value("conntrack_host_scans_total", &whole).unwrap();
+    // It opens only if somebody reads; and while we write nothing, he waits.
+    let open = || {
+        let mut options = std::fs::OpenOptions::new();
+        const O_NONBLOCK: i32 = 0o4000;
+        options.write(true).custom_flags(O_NONBLOCK);
+        options.open(&table).ok()
+    };
+    let mut writer = exporter.until("a scan that hangs", |_| open());
+    let stuck = scans(&exporter.scrape());
+    for _ in 0..20 {
+        let scrape = exporter.scrape();
+        assert_eq!(
+            (scans(&scrape), longterm(&scrape, "80", "4")),
+            (stuck, Some(1.0))
+        );
+    }
+    std::io::Write::write_all(&mut writer, text.as_bytes()).unwrap();
+    drop(writer);
+    exporter.until("its end", |scrape| (scans(scrape) > stuck).then_some(()));
+    // And it ends though a scan hangs.
+    let _writer = exporter.until("another that hangs", |_| open());
+    exporter.signal("TERM");
+    let (status, said) = exporter.wait();
+    assert!(status.success() && said.ends_with("stopped"), "{said}");
     std::fs::remove_dir_all(root).unwrap();
 }
 

@@ -12,6 +12,9 @@ use crate::config::ConfigError;
 /// One part of so many of the time is spent scanning, at most.
 const SHARE: u32 = 10;
 
+/// How long the end of a scan is waited for at the end of a monitor.
+const ENDING: Duration = Duration::from_secs(1);
+
 /// Reads the host's TCP table on a thread of its own. From [`Monitor::builder`]; clones are the same
 /// monitor, and the thread ends with the last of them.
 ///
@@ -49,8 +52,15 @@ struct Shared {
     torn: AtomicU64,
     failed: AtomicU64,
     last_failed: AtomicBool,
-    stop: Mutex<bool>,
+    stop: Mutex<Stop>,
     wake: Condvar,
+}
+
+/// Of the thread.
+#[derive(Default)]
+struct Stop {
+    asked: bool,
+    done: bool,
 }
 
 impl Monitor {
@@ -69,13 +79,16 @@ impl Monitor {
             scans: AtomicU64::new(1),
             failed: AtomicU64::new(0),
             last_failed: AtomicBool::new(false),
-            stop: Mutex::new(false),
+            stop: Mutex::default(),
             wake: Condvar::new(),
         }));
         let shared = latest.0.clone();
         let thread = std::thread::Builder::new()
             .name("conntrack-host".to_owned())
-            .spawn(move || shared.run(scanner, period))
+            .spawn(move || {
+                let _done = Done(&shared);
+                shared.run(scanner, period);
+            })
             .map_err(|error| {
                 ConfigError::new("host", "its thread", "the system has no thread for it")
                     .with_source(error)
@@ -164,8 +177,8 @@ impl Shared {
         let mut stop = lock(&self.stop);
         loop {
             let left = next.saturating_duration_since(Instant::now());
-            if *stop || left.is_zero() {
-                return *stop;
+            if stop.asked || left.is_zero() {
+                return stop.asked;
             }
             let waited = self.wake.wait_timeout(stop, left);
             stop = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -180,12 +193,30 @@ struct Thread {
 
 impl Drop for Thread {
     fn drop(&mut self) {
-        *lock(&self.shared.stop) = true;
+        let mut stop = lock(&self.shared.stop);
+        stop.asked = true;
         self.shared.wake.notify_all();
-        if let Some(handle) = self.handle.take() {
-            // As long as a scan.
+        // As long as a scan; but who ends must not hang where a table does, as one of FUSE may.
+        let waited = self
+            .shared
+            .wake
+            .wait_timeout_while(stop, ENDING, |stop| !stop.done);
+        let done = waited.unwrap_or_else(PoisonError::into_inner).0.done;
+        if let Some(handle) = self.handle.take()
+            && done
+        {
             let _ = handle.join();
         }
+    }
+}
+
+/// Says that the thread is done, however it ends.
+struct Done<'a>(&'a Shared);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.stop).done = true;
+        self.0.wake.notify_all();
     }
 }
 
