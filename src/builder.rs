@@ -15,7 +15,7 @@ use crate::observer::{Composed, Observer};
 use crate::record::Recorder;
 use crate::record::stats::Drops;
 #[cfg(feature = "otel")]
-use crate::telemetry::{checkpoint::Clock, spans::SpanWriter};
+use crate::telemetry::{clock::Clock, spans::SpanWriter};
 
 /// How many closed connections are remembered by default.
 const HISTORY: usize = 256;
@@ -46,6 +46,7 @@ pub(crate) struct Telemetry {
     pub(crate) tracer: Option<TracerOf>,
     pub(crate) meters: Vec<MeterOf>,
     checkpoint: Option<Duration>,
+    tcp_samples: Option<Duration>,
 }
 
 #[cfg(feature = "otel")]
@@ -77,6 +78,7 @@ impl Builder {
                 tracer: None,
                 meters: Vec::new(),
                 checkpoint: Some(Duration::from_secs(300)),
+                tcp_samples: Some(Duration::from_secs(60)),
             },
             #[cfg(feature = "otlp")]
             init: Default::default(),
@@ -173,8 +175,36 @@ impl Builder {
         self
     }
 
-    /// Library mode: nothing global is touched, nothing is started but the checkpoint clock, and that
-    /// only with a tracer.
+    /// Asks the kernel this often about each open connection, for the metrics `conntrack.tcp.rtt` and
+    /// `conntrack.tcp.retransmits`. Default 60 s; none for never: then both are of closes alone.
+    /// At least 100 ms. TCP on Linux, and only with a meter provider.
+    ///
+    /// Connections are asked at times of their own, spread at random over the interval, by one thread for
+    /// all. Each costs one system call, about a microsecond. Of more than 65 536 connections each is asked
+    /// less often. What an idle connection says is as old as its last exchange.
+    ///
+    /// ```
+    /// # #[cfg(feature = "otlp")] {
+    /// use std::time::Duration;
+    ///
+    /// use opentelemetry_sdk::metrics::SdkMeterProvider;
+    /// use otel_conntrack::{Conntrack, opentelemetry_sdk};
+    ///
+    /// let conntrack = Conntrack::builder()
+    ///     .meter_provider(SdkMeterProvider::builder().build()) // the application's own
+    ///     .tcp_sample_interval(Duration::from_secs(10))
+    ///     .build()?;
+    /// # }
+    /// # Ok::<(), otel_conntrack::ConfigError>(())
+    /// ```
+    #[cfg(feature = "otel")]
+    pub fn tcp_sample_interval(mut self, interval: impl Into<Option<Duration>>) -> Self {
+        self.telemetry.tcp_samples = interval.into();
+        self
+    }
+
+    /// Library mode: nothing global is touched, nothing is started but one thread: for checkpoints, with a
+    /// tracer, and for samples of the kernel's view of connections, with a meter (Linux).
     ///
     /// ```
     /// # #[cfg(feature = "otlp")] {
@@ -223,6 +253,11 @@ impl Builder {
                 })
             })
             .transpose()?;
+        #[cfg(feature = "inspect")]
+        if let Some(page) = &page {
+            let exporter = crate::record::recorder::Exporter::Serves(page.address());
+            recorder.add_exporter(exporter);
+        }
         #[cfg(feature = "stock")]
         let stock = Arc::new(crate::stock::pool::Slot {
             config: self.stock,
@@ -273,17 +308,25 @@ impl Telemetry {
     /// Hangs the sinks on the record.
     fn attach(self, recorder: &Recorder) -> Result<Attached, ConfigError> {
         use crate::record::recorder::Sink;
+        use crate::record::tcp_info::CAN_ASK;
         use crate::telemetry::metrics::{Histograms, observe};
+        use crate::telemetry::{checkpoint, tcp_samples};
 
-        if let Some(interval) = self
-            .checkpoint
-            .filter(|interval| *interval < SHORTEST_CHECKPOINT)
-        {
-            return Err(ConfigError::new(
+        for (setting, interval, help) in [
+            (
                 "checkpoint_interval",
-                &format!("{interval:?}"),
+                self.checkpoint,
                 "must be at least 100 ms; give `None` for no checkpoints",
-            ));
+            ),
+            (
+                "tcp_sample_interval",
+                self.tcp_samples,
+                "must be at least 100 ms; give `None` for no samples",
+            ),
+        ] {
+            if let Some(interval) = interval.filter(|interval| *interval < SHORTEST_INTERVAL) {
+                return Err(ConfigError::new(setting, &format!("{interval:?}"), help));
+            }
         }
         let scope = crate::telemetry::scope(recorder.ordinal());
         let meters: Vec<_> = self
@@ -296,29 +339,37 @@ impl Telemetry {
             .map(|tracer| Arc::new(SpanWriter::new(tracer(scope))));
 
         let mut sinks: Vec<Arc<dyn Sink>> = Vec::new();
+        let mut jobs = Vec::new();
+        // What the thread is for, if it can't be started.
+        let mut needs = None;
         if let Some(spans) = &spans {
             sinks.push(spans.clone());
+            if let Some(interval) = self.checkpoint {
+                jobs.push(checkpoint::job(recorder.clone(), spans.clone(), interval));
+                needs = Some(("checkpoint_interval", interval));
+            }
         }
         if !meters.is_empty() {
-            sinks.push(Arc::new(Histograms::new(&meters, recorder)));
+            let histograms = Arc::new(Histograms::new(&meters, recorder));
+            sinks.push(histograms.clone());
             observe(&meters, recorder);
+            if let Some(interval) = self.tcp_samples.filter(|_| CAN_ASK) {
+                jobs.push(tcp_samples::job(recorder.clone(), histograms, interval));
+                needs.get_or_insert(("tcp_sample_interval", interval));
+            }
         }
         recorder.set_sinks(sinks);
 
-        let clock = match (&spans, self.checkpoint) {
-            (Some(spans), Some(interval)) => {
-                let clock = Clock::start(recorder.clone(), spans.clone(), interval);
-                Some(clock.map_err(|error| {
-                    ConfigError::new(
-                        "checkpoint_interval",
-                        &format!("{interval:?}"),
-                        "its thread could not be started; give `None` for no checkpoints",
-                    )
-                    .with_source(error)
-                })?)
-            }
-            _ => None,
-        };
+        let clock = Clock::start(jobs).map_err(|error| {
+            let (setting, interval) = needs.unwrap_or_default();
+            ConfigError::new(
+                setting,
+                &format!("{interval:?}"),
+                "its thread could not be started; give `None` for no checkpoints (`checkpoint_interval`) \
+                 and no samples (`tcp_sample_interval`)",
+            )
+            .with_source(error)
+        })?;
         Ok(Attached {
             clock,
             #[cfg(feature = "otlp")]
@@ -328,7 +379,7 @@ impl Telemetry {
 }
 
 #[cfg(feature = "otel")]
-const SHORTEST_CHECKPOINT: Duration = Duration::from_millis(100);
+const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
 
 impl fmt::Debug for Builder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

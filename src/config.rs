@@ -32,6 +32,13 @@ impl ConfigError {
         }
     }
 
+    /// The same under the name that its user knows.
+    #[allow(dead_code)] // by features
+    pub(crate) fn with_setting(mut self, setting: String) -> Self {
+        self.setting = setting;
+        self
+    }
+
     #[allow(dead_code)] // by features
     pub(crate) fn with_source(
         mut self,

@@ -254,7 +254,8 @@ impl<T> TrackedIo<T> {
         #[cfg(unix)]
         if let Some(socket) = bottom(&self.io).socket() {
             use std::os::fd::AsRawFd;
-            self.socket = SocketGuard::new(self.guard.connection(), socket.as_raw_fd());
+            let (connection, seen) = (self.guard.connection(), self.guard.end_is_seen());
+            self.socket = SocketGuard::new(connection, socket.as_raw_fd(), seen);
         }
         self
     }

@@ -57,7 +57,11 @@
 //! - **No backend at hand?** [`Builder::inspect`] and [`Conntrack::inspect_router`]: a live page of every
 //!   connection, pool and listener, for browsers, curl and programs (feature `inspect`).
 //! - **What does the kernel say?** [`ConnectionRecord::tcp_info`]: round-trip time, retransmits and
-//!   the TCP state, also of a socket that hyper's pool holds (Linux).
+//!   the TCP state, also of a socket that hyper's pool holds (Linux). The last of it is in
+//!   [`ConnectionSnapshot::last_tcp`]. [`Conntrack::audit`] holds what is tracked against the kernel's
+//!   table.
+//! - **A service that can't be changed?** [`host::Monitor`] reads the kernel's table of connections, and the
+//!   program `conntrack-exporter` serves it to Prometheus (Linux).
 //!
 //! # How it is built
 //!
@@ -81,10 +85,13 @@
 //! | `tls` | no | TLS by rustls in the dialer; [`ServerTls`] for servers |
 //! | `inspect` | no | [`Builder::inspect`], [`Conntrack::inspect_router`]: the live page |
 //! | `otlp-tls` | no | `https` endpoints for OTLP |
+//! | `audit` | no | [`Conntrack::audit`] (Linux) |
 //! | `axum`, `tonic` | no | their listener and connect-info traits |
 //! | `stock` | no | [`stock`]: pool events of unmodified reqwest and hyper-util clients; with `hyper`, [`InFlightLimit`] |
 //! | `reqwest` | no | [`ReqwestBuilderExt`]: the connections of reqwest as it is; `reqwest-blocking`, `-rustls`, `-middleware` for more of it |
 //! | `reqwest-transport` | no | [`TransportMiddleware`]: reqwest's API over [`Transport`]; `reqwest-transport-cookies`, `-gzip`, `-brotli`, `-deflate`, `-zstd` for more of it |
+//! | `host` | no | [`host`]: every TCP connection of the host, whoever owns it, and for how long (Linux) |
+//! | `exporter` | no | the program `conntrack-exporter`: that for Prometheus and OTLP |
 //! | `serde` | no | snapshots and events serialise |
 //!
 //! Without default features the crate is the vocabulary, the record and [`TrackedIo`].
@@ -92,9 +99,11 @@
 // Links in the overview point to items of features that may be off.
 #![cfg_attr(
     not(all(
+        feature = "audit",
         feature = "inspect",
         feature = "net",
         feature = "transport",
+        feature = "host",
         feature = "prometheus",
         feature = "reqwest-transport",
         feature = "server",
@@ -104,13 +113,17 @@
     allow(rustdoc::broken_intra_doc_links)
 )]
 
+#[cfg(feature = "audit")]
+mod audit;
 mod builder;
 mod config;
 mod conntrack;
 pub mod event;
 #[cfg(feature = "hyper")]
 mod exchange;
-#[cfg(feature = "reqwest")]
+#[cfg(feature = "host")]
+pub mod host;
+#[cfg(all(any(feature = "reqwest", feature = "audit"), not(feature = "host")))]
 mod host;
 #[cfg(feature = "net")]
 mod inbound;
@@ -135,6 +148,8 @@ mod tls;
 #[cfg(feature = "transport")]
 mod transport;
 
+#[cfg(feature = "audit")]
+pub use audit::{Audit, AuditError, AuditSource, LikelyOwner, MissingConnection, UntrackedSocket};
 pub use builder::Builder;
 pub use config::ConfigError;
 pub use conntrack::{Conntrack, TrackError};

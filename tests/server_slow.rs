@@ -128,6 +128,15 @@ fn server() {
         println!("{each} bytes per silent connection");
         assert!(each < BOUND, "{each} bytes each");
         assert!(stats().oldest_new.unwrap() < HEADER_TIMEOUT);
+        // The kernel has each of them, and no other.
+        #[cfg(target_os = "linux")]
+        {
+            let mine = support::audit::accepted_at(&[address.parse().unwrap()]);
+            let began = Instant::now();
+            let audit = support::audit::comes_clean(&conntrack, mine).await;
+            println!("{audit}, in {:?}", began.elapsed());
+            assert_eq!(audit.checked as u64, SILENT);
+        }
         // Others are served meanwhile.
         let reply = get(&address).await;
         assert!(reply.ends_with("hi"), "{reply}");

@@ -10,6 +10,10 @@
 )]
 #![cfg(all(feature = "server", feature = "tls", target_os = "linux"))]
 
+#[path = "support/audit.rs"]
+#[allow(dead_code, unreachable_pub)]
+mod audit;
+
 use std::fs;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -400,6 +404,8 @@ impl Server {
 
     /// Ends it; everybody has left. The record and the tracker say the same.
     async fn end(mut self) -> (ScopeStats, StateStats) {
+        let mine = audit::accepted_at(&[self.address]);
+        audit::comes_clean(&self.conntrack, mine).await;
         let left = timeout(PATIENCE, self.connections.wait()).await;
         left.expect("somebody is still there");
         let report = timeout(PATIENCE, self.handle.drain(PATIENCE))

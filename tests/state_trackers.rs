@@ -983,6 +983,11 @@ async fn with_many_clients_at_once_the_counts_are_those_of_the_record() {
         (record.accepted, record.closed_total(), record.open),
         (stats.accepted_total, stats.closed_total, 0)
     );
+    #[cfg(all(feature = "audit", target_os = "linux"))]
+    {
+        let mine = support::audit::accepted_at(&[address]);
+        support::audit::comes_clean(&conntrack, mine).await;
+    }
     for client in clients {
         client.await.unwrap();
     }

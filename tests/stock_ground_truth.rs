@@ -29,6 +29,7 @@ use otel_conntrack::{
     ConnectionEvent, ConnectionEventKind as Kind, Conntrack, Direction, Endpoint, Initiator,
     Observer, ReqwestBuilderExt,
 };
+use support::audit::{at_or_to, comes_clean};
 use support::peers::{dialer, listener};
 use support::tls;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -299,6 +300,7 @@ async fn load(conntrack: &Conntrack) -> u64 {
         clients.push(tracked.collect::<Vec<_>>());
         urls.push(format!("{scheme}://shop.test:{}", server.address.port()));
     }
+    let addresses = servers.each_ref().map(|server| server.address);
     let mut random = Random(7);
     let mut answered = [0_u64; 3];
     for round in 0..12 {
@@ -346,6 +348,8 @@ async fn load(conntrack: &Conntrack) -> u64 {
         for (server, answered) in servers.iter().zip(answered) {
             agree(conntrack, server, answered).await;
         }
+        // Both sides of each idle connection are in the kernel's table, and nothing else of these servers.
+        comes_clean(conntrack, at_or_to(&addresses)).await;
         // Every response was seen on its connection, or is counted as one that was not: on a machine
         // that is overloaded it may be read long after its connection is gone.
         let stats = conntrack.stats();
@@ -372,6 +376,7 @@ async fn load(conntrack: &Conntrack) -> u64 {
         }
         agree(conntrack, server, answered).await;
     }
+    comes_clean(conntrack, at_or_to(&addresses)).await;
     servers
         .iter()
         .map(|server| listener(conntrack, server.name).accepted)

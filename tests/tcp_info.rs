@@ -4,6 +4,13 @@
 
 mod support;
 
+#[cfg(feature = "otlp")]
+#[path = "tcp_info/last.rs"]
+mod last;
+#[cfg(feature = "otlp")]
+#[path = "tcp_info/samples.rs"]
+mod samples;
+
 use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -367,6 +374,11 @@ async fn no_other_socket_answers_while_connections_come_and_go() {
     println!("{answers} answers, {none} times none");
     assert!(answers > 1_000, "{answers} answers, {none} times none");
     assert!(none > 1_000, "{answers} answers, {none} times none");
+    #[cfg(feature = "audit")]
+    {
+        let mine = support::audit::at_or_to(&[address]);
+        support::audit::comes_clean(&conntrack, mine).await;
+    }
 }
 
 // === through TLS and hyper ===

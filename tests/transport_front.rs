@@ -2,6 +2,10 @@
 //! same and comparing what comes back and what the server saw; and what only it can do.
 #![allow(clippy::unwrap_used)]
 
+#[cfg(target_os = "linux")]
+#[path = "support/audit.rs"]
+#[allow(dead_code, unreachable_pub)]
+mod audit;
 #[path = "transport_front/differs.rs"]
 mod differs;
 #[path = "support/hostile.rs"]
@@ -39,7 +43,7 @@ struct Ours {
     client: ClientWithMiddleware,
     transport: Transport,
     told: Told,
-    _conntrack: Conntrack,
+    conntrack: Conntrack,
 }
 
 /// A plain client's builder.
@@ -65,7 +69,7 @@ impl Ours {
             client: front(transport.reqwest()).build().unwrap(),
             transport,
             told,
-            _conntrack: conntrack,
+            conntrack,
         }
     }
 

@@ -7,6 +7,10 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 #![cfg(all(feature = "transport", feature = "tls"))]
 
+#[cfg(target_os = "linux")]
+#[path = "support/audit.rs"]
+#[allow(dead_code, unreachable_pub)]
+mod audit;
 #[path = "support/hostile.rs"]
 #[allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 mod hostile;

@@ -204,7 +204,7 @@ pub enum ConnectionEventKind {
         bytes_read: u64,
         /// Bytes written, on the layer that was wrapped.
         bytes_written: u64,
-        /// What the kernel said of it at its end; only of a stock client's connection, on Linux.
+        /// What the kernel said of it at its end, just before the descriptor was closed; TCP on Linux.
         tcp: Option<TcpInfo>,
     },
 }

@@ -364,7 +364,8 @@ pub struct ActiveSnapshot {
     pub requests: u64,
     /// The spans of requests that have it, where they were made within one; at most 8.
     pub held_by: Vec<TraceRef>,
-    /// The kernel's view: state, rtt. Linux only.
+    /// What the kernel says of it at this moment: its state, round-trip time, retransmits, bytes not
+    /// sent. Linux only.
     pub tcp: Option<TcpInfo>,
 }
 

@@ -1,21 +1,104 @@
 //! The host: what its kernel says of TCP sockets, whoever owns them.
 //!
-//! - [`Tuple`] and [`Key`] name a connection: both ends as its own side sees them.
-//! - [`sock_diag`] asks the kernel over netlink: one socket by its ends, or all of them.
-//! - [`notices`] hears from the kernel when a socket is destroyed.
-//! - [`proc_tcp`] reads `/proc/net/tcp`, where netlink is not to be had.
-//!
 //! Nothing here needs a privilege, and nothing opens, duplicates or touches the sockets that are
 //! asked for. Everything sees one network namespace: that of the thread that opened it.
+#![cfg_attr(
+    feature = "host",
+    doc = r#"
+For services that can't be changed: how many connections are there, in and out, on which port, and for how long? A
+[`Monitor`] reads the kernel's table once a second on a thread of its own, by netlink (`sock_diag(7)`), with the states
+and ports filtered in the kernel, or from `/proc/net/tcp` where netlink is not to be had. What it saw last is a
+[`Snapshot`], which costs nothing to look at.
 
+```no_run
+use std::time::Duration;
+use otel_conntrack::host::Monitor;
+
+// Who has been connected for a minute or longer?
+let monitor = Monitor::builder().duration(Duration::from_secs(60)).ports("443,8443".parse()?).start()?;
+for row in &monitor.snapshot().connections {
+    println!("{:?}: {} of {}", row.port, row.long_term, row.established);
+}
+# Ok::<(), Box<dyn std::error::Error>>(())
+```
+
+- **Age** is real time since a scan first saw the connection established. A scan that fails or is torn loses no age.
+- **Direction**: inbound if its local port was listened on when it was first seen (or was asked for and is none that the
+  kernel gives to clients), else outbound. An inbound connection is counted by its local port, an outbound one by the
+  remote port: ephemeral ports make no series.
+- **Linux only.** Elsewhere everything compiles, and [`Scanner::new`] is an error that says so.
+
+The program `conntrack-exporter` (feature `exporter`) is this with `/metrics`, OTLP and a page of its settings.
+"#
+)]
+// Each side uses a part of what they share.
+#![cfg_attr(
+    not(all(
+        feature = "audit",
+        feature = "host",
+        feature = "reqwest",
+        target_os = "linux"
+    )),
+    allow(dead_code)
+)]
+// How it is made:
+//
+// - `Tuple` and `Key` name a connection: both ends as its own side sees them.
+// - `sock_diag` asks the kernel over netlink: one socket by its ends, or all of them.
+// - `notices` hears from the kernel when a socket is destroyed.
+// - `proc_tcp` reads `/proc/net/tcp`, where netlink is not to be had.
+//
+// And for the table of all (feature `host`): `ports` makes the kernel's filter, `scanner` reads and
+// hands the rows to `long_term`, the core without I/O, which keeps ages and counts by `groups`;
+// `monitor` is the thread, `snapshot` what it publishes.
+
+#[cfg(feature = "host")]
+mod cgroups;
+#[cfg(feature = "host")]
+mod counters;
+#[cfg(feature = "exporter")]
+pub mod exporter;
+#[cfg(all(fuzzing, feature = "host", target_os = "linux"))]
+#[doc(hidden)]
+pub mod fuzzing;
+#[cfg(feature = "host")]
+mod groups;
+#[cfg(feature = "host")]
+mod long_term;
+#[cfg(all(feature = "host", feature = "otel"))]
+mod metrics;
+#[cfg(feature = "host")]
+mod monitor;
 #[cfg(target_os = "linux")]
 mod netlink;
 #[cfg(target_os = "linux")]
 pub(crate) mod notices;
+#[cfg(feature = "host")]
+mod ports;
 #[cfg(target_os = "linux")]
 pub(crate) mod proc_tcp;
+#[cfg(all(feature = "host", feature = "prometheus"))]
+mod prometheus;
+#[cfg(feature = "host")]
+mod scanner;
+#[cfg(feature = "host")]
+mod settings;
+#[cfg(feature = "host")]
+mod snapshot;
 #[cfg(target_os = "linux")]
 pub(crate) mod sock_diag;
+
+#[cfg(all(feature = "host", feature = "prometheus"))]
+pub use self::prometheus::HostCollector;
+#[cfg(feature = "host")]
+pub use self::{
+    groups::IpVersion,
+    monitor::Monitor,
+    ports::Ports,
+    scanner::Scanner,
+    settings::{GroupBy, MonitorBuilder},
+    snapshot::{Connections, Listening, Scan, Snapshot, Source, TcpCounters},
+};
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -55,6 +138,24 @@ impl Key {
         }
     }
 
+    pub(crate) const fn ports(&self) -> (u16, u16) {
+        (self.local_port, self.peer_port)
+    }
+
+    pub(crate) const fn peer(&self) -> &[u8; 16] {
+        &self.peer
+    }
+
+    /// Whether both ends have one address, so are on one host.
+    pub(crate) fn is_to_itself(&self) -> bool {
+        self.local == self.peer
+    }
+
+    /// Whether IPv4 goes over the wire.
+    pub(crate) fn is_ipv4(&self) -> bool {
+        Ipv6Addr::from(self.local).to_ipv4_mapped().is_some()
+    }
+
     /// All of it, for a hash.
     pub(crate) fn words(&self) -> [u64; 5] {
         let half = |bytes: &[u8; 16], at: usize| {
@@ -72,8 +173,21 @@ impl Key {
         ]
     }
 
-    /// For a table that does not tell scopes.
+    /// Both ends; a mapped address as the IPv4 one that it is.
     #[cfg(target_os = "linux")]
+    pub(crate) fn ends(&self) -> Tuple {
+        let end = |octets: [u8; 16], port| {
+            let ip = Ipv6Addr::from(octets);
+            let ip = ip.to_ipv4_mapped().map_or(IpAddr::V6(ip), IpAddr::V4);
+            SocketAddr::new(ip, port)
+        };
+        Tuple {
+            local: end(self.local, self.local_port),
+            peer: end(self.peer, self.peer_port),
+        }
+    }
+
+    /// For a table that does not tell scopes.
     pub(crate) const fn unscoped(mut self) -> Self {
         self.scope = 0;
         self
@@ -108,6 +222,33 @@ const fn mapped(ip: IpAddr) -> Ipv6Addr {
     }
 }
 
+/// A socket as a scan of a whole table sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Socket {
+    pub(crate) key: Key,
+    /// As [`Seen::cookie`]; zero for none.
+    pub(crate) cookie: u64,
+    /// The number of its cgroup; zero where the table has none.
+    pub(crate) cgroup: u64,
+    /// Zero where no descriptor holds it.
+    pub(crate) inode: u32,
+    /// Bytes that were received and not read; of a listening socket, connections that wait.
+    pub(crate) received: u32,
+    /// Bytes that the peer has not acknowledged; of a listening socket, how many may wait (netlink).
+    pub(crate) to_send: u32,
+    pub(crate) state: u8,
+}
+
+/// How reading a table went.
+#[derive(Debug, Default)]
+pub(crate) struct Read {
+    pub(crate) rows: u64,
+    /// Rows or lines that could not be read.
+    pub(crate) malformed: u64,
+    /// Why something may have been left out.
+    pub(crate) torn: Option<std::io::Error>,
+}
+
 /// A socket as a table of the kernel shows it.
 #[cfg(target_os = "linux")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,6 +260,8 @@ pub(crate) struct Seen {
     pub(crate) state: u8,
     /// Whether a descriptor holds it.
     pub(crate) held: bool,
+    /// Of the socket as a file; zero where no descriptor holds it.
+    pub(crate) inode: u64,
     /// Where it was asked for, and the socket is a whole one (not one in `TIME_WAIT`).
     pub(crate) tcp: Option<TcpInfo>,
 }

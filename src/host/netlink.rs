@@ -4,7 +4,7 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use crate::event::TcpInfo;
-use crate::host::{Key, Seen};
+use crate::host::{Key, Seen, Socket};
 
 // include/uapi/linux/netlink.h
 const HEADER: usize = 16;
@@ -14,11 +14,18 @@ const NLMSG_DONE: u16 = 3;
 pub(super) const NLM_F_REQUEST: u16 = 1;
 /// `NLM_F_ROOT | NLM_F_MATCH`.
 pub(super) const NLM_F_DUMP: u16 = 0x300;
+/// The table changed in a way that a dump may have left something out.
+const NLM_F_DUMP_INTR: u16 = 0x10;
 
 // include/uapi/linux/sock_diag.h, inet_diag.h
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
+/// The question of before families were asked for one by one. It is answered for both at once, with
+/// one walk through the kernel's table instead of two, and with its own number.
+const TCPDIAG_GETSOCK: u16 = 18;
 const IPPROTO_TCP: u8 = 6;
 const INET_DIAG_INFO: u16 = 2;
+const INET_DIAG_CGROUP_ID: u16 = 21;
+const INET_DIAG_REQ_BYTECODE: u16 = 1;
 /// `INET_DIAG_NOCOOKIE`, twice: whatever the cookie is.
 const NO_COOKIE: u64 = u64::MAX;
 
@@ -37,6 +44,8 @@ mod at {
     pub(super) const DST: usize = 24;
     pub(super) const IF: usize = 40;
     pub(super) const COOKIE: usize = 44;
+    pub(super) const RQUEUE: usize = 56;
+    pub(super) const WQUEUE: usize = 60;
     pub(super) const INODE: usize = 68;
     pub(super) const END: usize = 72;
 }
@@ -89,12 +98,54 @@ impl Ask<'_> {
     }
 }
 
+/// Asks for every socket of both families: `struct inet_diag_req`, with a filter.
+pub(super) fn ask_both(states: u32, filter: &[u8], sequence: u32) -> Vec<u8> {
+    const STATES: usize = HEADER + 52;
+    const LENGTH: usize = HEADER + 60;
+    let mut bytes = [0; LENGTH];
+    let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+    put(0, &(LENGTH as u32).to_ne_bytes());
+    put(4, &TCPDIAG_GETSOCK.to_ne_bytes());
+    put(6, &(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
+    put(8, &sequence.to_ne_bytes());
+    put(HEADER, &[V4]);
+    put(STATES, &states.to_ne_bytes());
+    with_filter(&bytes, filter)
+}
+
+/// A request with a filter (see [`crate::host::ports`]); empty for none.
+pub(super) fn with_filter(bare: &[u8], filter: &[u8]) -> Vec<u8> {
+    let mut bytes = bare.to_vec();
+    if filter.is_empty() {
+        return bytes;
+    }
+    // struct nlattr: length, type. A filter is far shorter than 64 KiB, and a multiple of four.
+    let attribute = u16::try_from(4 + filter.len()).unwrap_or(u16::MAX);
+    bytes.extend(attribute.to_ne_bytes());
+    bytes.extend(INET_DIAG_REQ_BYTECODE.to_ne_bytes());
+    bytes.extend(filter);
+    let length = bytes.len() as u32;
+    bytes[..4].copy_from_slice(&length.to_ne_bytes());
+    bytes
+}
+
 /// The messages in one datagram.
-pub(super) struct Messages<'a>(&'a [u8]);
+pub(super) struct Messages<'a> {
+    rest: &'a [u8],
+    torn: bool,
+}
 
 impl<'a> Messages<'a> {
     pub(super) const fn new(datagram: &'a [u8]) -> Self {
-        Self(datagram)
+        Self {
+            rest: datagram,
+            torn: false,
+        }
+    }
+
+    /// Whether a message so far said that the table changed under the dump.
+    pub(super) const fn torn(&self) -> bool {
+        self.torn
     }
 }
 
@@ -111,21 +162,23 @@ impl<'a> Iterator for Messages<'a> {
 
     fn next(&mut self) -> Option<Message<'a>> {
         loop {
-            let rest = self.0;
+            let rest = self.rest;
             if rest.is_empty() {
                 return None;
             }
             let header = rest.first_chunk::<HEADER>();
             let length = header.map_or(0, |header| four(header, 0) as usize);
             let (Some(header), Some(payload)) = (header, rest.get(HEADER..length)) else {
-                self.0 = &[];
+                self.rest = &[];
                 return Some(Message::Malformed);
             };
-            self.0 = rest.get(length.next_multiple_of(4)..).unwrap_or(&[]);
+            self.rest = rest.get(length.next_multiple_of(4)..).unwrap_or(&[]);
+            let flags = u16::from_ne_bytes([header[6], header[7]]);
+            self.torn |= flags & NLM_F_DUMP_INTR != 0;
             let sequence = four(header, 8);
             return Some(match u16::from_ne_bytes([header[4], header[5]]) {
                 NLMSG_NOOP => continue,
-                SOCK_DIAG_BY_FAMILY => match Row::parse(payload) {
+                SOCK_DIAG_BY_FAMILY | TCPDIAG_GETSOCK => match Row::parse(payload) {
                     Some(row) => Message::Socket(sequence, row),
                     None => Message::Malformed,
                 },
@@ -181,17 +234,38 @@ impl<'a> Row<'a> {
         )
     }
 
-    pub(super) fn tcp(&self) -> Option<TcpInfo> {
+    fn attribute(&self, wanted: u16) -> Option<&'a [u8]> {
         // struct rtattr: length, type; aligned to four bytes.
         let mut rest = self.attributes;
         loop {
             let header = rest.first_chunk::<4>()?;
             let length = usize::from(u16::from_ne_bytes([header[0], header[1]]));
             let value = rest.get(4..length)?;
-            if u16::from_ne_bytes([header[2], header[3]]) == INET_DIAG_INFO {
-                return TcpInfo::parse(value);
+            if u16::from_ne_bytes([header[2], header[3]]) == wanted {
+                return Some(value);
             }
             rest = rest.get(length.next_multiple_of(4)..)?;
+        }
+    }
+
+    pub(super) fn tcp(&self) -> Option<TcpInfo> {
+        TcpInfo::parse(self.attribute(INET_DIAG_INFO)?)
+    }
+
+    /// As a scan wants it: without `TCP_INFO`, which was not asked for.
+    pub(super) fn socket(&self) -> Socket {
+        let cgroup = || {
+            let id = self.attribute(INET_DIAG_CGROUP_ID)?.first_chunk()?;
+            Some(u64::from_ne_bytes(*id))
+        };
+        Socket {
+            key: self.key(),
+            cookie: self.cookie(),
+            cgroup: cgroup().unwrap_or(0),
+            inode: four(self.fixed, at::INODE),
+            received: four(self.fixed, at::RQUEUE),
+            to_send: four(self.fixed, at::WQUEUE),
+            state: self.fixed[at::STATE],
         }
     }
 
@@ -201,6 +275,7 @@ impl<'a> Row<'a> {
             cookie: Some(self.cookie()),
             state: self.fixed[at::STATE],
             held: four(self.fixed, at::INODE) != 0,
+            inode: four(self.fixed, at::INODE).into(),
             tcp: self.tcp(),
         }
     }

@@ -6,8 +6,9 @@
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, ErrorKind};
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::path::Path;
 
-use crate::host::{Key, Seen};
+use crate::host::{Key, Read, Seen, Socket};
 
 const FILES: [&str; 2] = ["/proc/net/tcp", "/proc/net/tcp6"];
 
@@ -17,10 +18,22 @@ const LONGEST: u64 = 1024;
 /// Every socket. The files' times to read grow with the sockets of the host.
 pub(crate) fn read(mut each: impl FnMut(&Seen)) -> io::Result<()> {
     let mut found = false;
+    let mut each = |socket: &Socket| {
+        each(&Seen {
+            key: socket.key,
+            cookie: None,
+            state: socket.state,
+            held: socket.inode != 0,
+            inode: socket.inode.into(),
+            tcp: None,
+        });
+    };
     for file in FILES {
         // A host without IPv6 has no second one.
         match File::open(file) {
-            Ok(file) => read_file(BufReader::with_capacity(32 * 1024, file), &mut each)?,
+            Ok(file) => {
+                read_file(reader(file), &mut each)?;
+            }
             Err(error) if error.kind() == ErrorKind::NotFound && found => {}
             Err(error) => return Err(error),
         }
@@ -29,34 +42,67 @@ pub(crate) fn read(mut each: impl FnMut(&Seen)) -> io::Result<()> {
     Ok(())
 }
 
-fn read_file(mut file: impl BufRead, each: &mut impl FnMut(&Seen)) -> io::Result<()> {
+/// Every socket in `tcp` and `tcp6` of this directory. An error is one before the first row; what
+/// goes wrong later is in [`Read`].
+pub(crate) fn scan(directory: &Path, mut each: impl FnMut(&Socket)) -> io::Result<Read> {
+    let mut read = Read::default();
+    for (first, name) in [(true, "tcp"), (false, "tcp6")] {
+        let mut counted = |socket: &Socket| {
+            read.rows += 1;
+            each(socket);
+        };
+        let file = File::open(directory.join(name));
+        match file.and_then(|file| read_file(reader(file), &mut counted)) {
+            Ok(malformed) => read.malformed += malformed,
+            Err(error) if error.kind() == ErrorKind::NotFound && !first => {}
+            Err(error) if first && read.rows == 0 => return Err(error),
+            Err(error) => read.torn = Some(error),
+        }
+    }
+    Ok(read)
+}
+
+fn reader(file: File) -> BufReader<File> {
+    BufReader::with_capacity(32 * 1024, file)
+}
+
+/// Gives back how many lines could not be read, less the heading.
+pub(super) fn read_file(mut file: impl BufRead, each: &mut impl FnMut(&Socket)) -> io::Result<u64> {
     let mut line = Vec::new();
+    let (mut heading, mut malformed) = (true, 0);
     loop {
         line.clear();
         let length = io::Read::take(&mut file, LONGEST).read_until(b'\n', &mut line)?;
         if length == 0 {
-            return Ok(());
+            return Ok(malformed);
         }
-        if let Some(seen) = std::str::from_utf8(&line).ok().and_then(parse) {
-            each(&seen);
+        match std::str::from_utf8(&line).ok().and_then(parse) {
+            Some(socket) => each(&socket),
+            None => malformed += u64::from(!heading),
         }
+        heading = false;
     }
 }
 
 /// `sl local_address rem_address st tx:rx tr:when retrnsmt uid timeout inode ...`; none for the
 /// heading.
-fn parse(line: &str) -> Option<Seen> {
+fn parse(line: &str) -> Option<Socket> {
     let mut fields = line.split_ascii_whitespace().skip(1);
     let local = end(fields.next()?)?;
     let peer = end(fields.next()?)?;
     let state = u8::from_str_radix(fields.next()?, 16).ok()?;
-    let inode: u64 = fields.nth(5)?.parse().ok()?;
-    Some(Seen {
+    let (to_send, received) = fields.next()?.split_once(':')?;
+    let queue = |text| u32::from_str_radix(text, 16).ok();
+    let inode: u64 = fields.nth(4)?.parse().ok()?;
+    Some(Socket {
         key: Key::new(local, peer, 0),
-        cookie: None,
+        cookie: 0,
+        cgroup: 0,
+        // The kernel counts them in 32 bits.
+        inode: inode as u32,
+        received: queue(received)?,
+        to_send: queue(to_send)?,
         state,
-        held: inode != 0,
-        tcp: None,
     })
 }
 
@@ -97,16 +143,18 @@ mod tests {
             local: "127.0.0.1:40635".parse().unwrap(),
             peer: "192.168.0.2:443".parse().unwrap(),
         };
-        let expected = Seen {
+        let expected = Socket {
             key: Key::from(&tuple),
-            cookie: None,
+            cookie: 0,
+            cgroup: 0,
+            inode: 54805,
+            received: 4,
+            to_send: 0,
             state: 8,
-            held: true,
-            tcp: None,
         };
         assert_eq!(parse(line), Some(expected));
         let orphan = line.replace("54805", "0");
-        assert!(!parse(&orphan).unwrap().held);
+        assert_eq!(parse(&orphan).unwrap().inode, 0);
         for wrong in ["", "sl local_address", "1: 0100007F 0200A8C0:01BB 08"] {
             assert_eq!(parse(wrong), None);
         }
@@ -116,7 +164,7 @@ mod tests {
         #[test]
         fn no_line_is_too_wild(line: String, bytes: Vec<u8>) {
             parse(&line);
-            let near = format!("0: {line}:0 0:0 0 0 0 0 0 0 0");
+            let near = format!("0: {line}:0 0:0 0 0:0 0 0 0 0 0");
             parse(&near);
             read_file(&bytes[..], &mut |_| {}).unwrap();
         }

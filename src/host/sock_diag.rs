@@ -9,11 +9,11 @@ use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send, socket_with,
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socket_with,
 };
 
-use crate::host::netlink::{Ask, Message, Messages, V4, V6};
-use crate::host::{Key, Seen};
+use crate::host::netlink::{self, Ask, Message, Messages, V4, V6};
+use crate::host::{Key, Read, Seen, Socket};
 
 /// Every state; `FIN_WAIT1`, `FIN_WAIT2`, `LAST_ACK` and `CLOSING`: closed here, and the kernel still
 /// has to tell the peer.
@@ -21,14 +21,20 @@ pub(crate) const ALL: u32 = u32::MAX;
 pub(crate) const CLOSING: u32 = 1 << 4 | 1 << 5 | 1 << 9 | 1 << 11;
 
 /// As long as the kernel makes one part of a dump.
-const PART: usize = 32 * 1024;
+pub(crate) const PART: usize = 32 * 1024;
+
+/// A family that the kernel has no table for.
+fn is_unknown(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw_os_error);
+    matches!(errno, Some(Errno::NOENT | Errno::AFNOSUPPORT))
+}
 
 pub(super) fn open() -> io::Result<OwnedFd> {
     Ok(socket_with(
         AddressFamily::NETLINK,
         SocketType::RAW,
         SocketFlags::CLOEXEC,
-        Some(netlink::SOCK_DIAG),
+        Some(rustix::net::netlink::SOCK_DIAG),
     )?)
 }
 
@@ -37,6 +43,8 @@ pub(super) fn open() -> io::Result<OwnedFd> {
 pub(crate) struct Query {
     socket: OwnedFd,
     sequence: u32,
+    /// Whether both families may be asked for at once.
+    both: bool,
 }
 
 impl Query {
@@ -44,6 +52,7 @@ impl Query {
         Ok(Self {
             socket: open()?,
             sequence: 0,
+            both: true,
         })
     }
 
@@ -108,6 +117,88 @@ impl Query {
         Ok(())
     }
 
+    /// Every socket in these states that the filter lets pass (a program, see
+    /// [`ports`](crate::host::ports); empty for all), part by part into `buffer`, which is used again.
+    /// An error is one before the first row; what goes wrong later is in [`Read`].
+    pub(crate) fn scan(
+        &mut self,
+        states: u32,
+        filter: &[u8],
+        buffer: &mut [u8],
+        mut each: impl FnMut(&Socket),
+    ) -> io::Result<Read> {
+        let mut read = Read::default();
+        if self.both {
+            let request = netlink::ask_both(states, filter, self.next());
+            match self.walk(&request, buffer, &mut read, &mut each) {
+                Ok(()) => return Ok(read),
+                Err(error) if read.rows > 0 => {
+                    read.torn = Some(error);
+                    return Ok(read);
+                }
+                // Not every kernel knows this question.
+                Err(_) => self.both = false,
+            }
+        }
+        for family in [V4, V6] {
+            let ask = Ask {
+                family,
+                dump: true,
+                info: false,
+                states,
+                key: None,
+            };
+            let request = netlink::with_filter(&ask.encode(self.next()), filter);
+            match self.walk(&request, buffer, &mut read, &mut each) {
+                Ok(()) => {}
+                // A kernel that was built without IPv6.
+                Err(error) if family == V6 && is_unknown(&error) => {}
+                Err(error) if family == V4 && read.rows == 0 => return Err(error),
+                Err(error) => read.torn = Some(error),
+            }
+        }
+        Ok(read)
+    }
+
+    fn next(&mut self) -> u32 {
+        self.sequence = self.sequence.wrapping_add(1);
+        self.sequence
+    }
+
+    fn walk(
+        &self,
+        request: &[u8],
+        buffer: &mut [u8],
+        read: &mut Read,
+        each: &mut impl FnMut(&Socket),
+    ) -> io::Result<()> {
+        send(&self.socket, request, SendFlags::DONTWAIT)?;
+        loop {
+            let (length, _) = recv(&self.socket, &mut *buffer, RecvFlags::DONTWAIT)?;
+            let mut messages = Messages::new(&buffer[..length]);
+            let mut end = None;
+            for message in messages.by_ref() {
+                match message {
+                    Message::Socket(sequence, row) if sequence == self.sequence => {
+                        read.rows += 1;
+                        each(&row.socket());
+                    }
+                    Message::End(sequence, error) if sequence == self.sequence => end = Some(error),
+                    Message::Malformed => read.malformed += 1,
+                    _ => {}
+                }
+            }
+            if messages.torn() {
+                read.torn = Some(Errno::INTR.into());
+            }
+            match end {
+                None => {}
+                Some(0) => return Ok(()),
+                Some(error) => return Err(io::Error::from_raw_os_error(error)),
+            }
+        }
+    }
+
     fn part(&self, buffer: &mut [u8], each: &mut impl FnMut(&Seen)) -> io::Result<()> {
         loop {
             let (length, _) = recv(&self.socket, &mut *buffer, RecvFlags::DONTWAIT)?;
@@ -127,12 +218,8 @@ impl Query {
     }
 
     fn ask(&mut self, ask: &Ask<'_>) -> io::Result<()> {
-        self.sequence = self.sequence.wrapping_add(1);
-        send(
-            &self.socket,
-            &ask.encode(self.sequence),
-            SendFlags::DONTWAIT,
-        )?;
+        let request = ask.encode(self.next());
+        send(&self.socket, &request, SendFlags::DONTWAIT)?;
         Ok(())
     }
 }

@@ -38,8 +38,29 @@ pub(crate) struct Cell {
     /// Nanoseconds after `started` of the last checkpoint.
     pub(crate) checkpoint: AtomicU64,
     pub(crate) in_flight: AtomicU32,
+    /// Segments sent again, when the kernel was asked last.
+    pub(crate) retransmits: AtomicU32,
     host_slot: AtomicU32,
     counts: AtomicBool,
+}
+
+/// What connections moved so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Moved {
+    /// Bytes.
+    pub(crate) read: u64,
+    /// Bytes.
+    pub(crate) written: u64,
+    /// Segments sent again, as far as the kernel was asked.
+    pub(crate) retransmits: u64,
+}
+
+impl std::ops::AddAssign for Moved {
+    fn add_assign(&mut self, more: Self) {
+        self.read += more.read;
+        self.written += more.written;
+        self.retransmits += more.retransmits;
+    }
 }
 
 struct Chunk<C: ?Sized = [Cell]> {
@@ -106,20 +127,20 @@ impl Cells {
         cell.gone.store(0, Ordering::Relaxed);
         cell.checkpoint.store(0, Ordering::Relaxed);
         cell.in_flight.store(0, Ordering::Relaxed);
+        cell.retransmits.store(0, Ordering::Relaxed);
         cell.host_slot.store(host_slot, Ordering::Relaxed);
         cell.counts.store(true, Ordering::Relaxed);
         cell
     }
 
-    /// Tells of each cell that counts: its host's slot, bytes read, bytes written.
-    pub(crate) fn look(&mut self, mut f: impl FnMut(u32, u64, u64)) {
+    /// Tells of each cell that counts: its host's slot, and what it counted.
+    pub(crate) fn look(&mut self, mut f: impl FnMut(u32, Moved)) {
         self.chunks.retain(|chunk| {
             let free = chunk.free.load(Ordering::Relaxed);
             for (index, cell) in chunk.cells.iter().enumerate() {
                 if free & (1 << index) == 0 && cell.counts.load(Ordering::Relaxed) {
                     let host_slot = cell.host_slot.load(Ordering::Relaxed);
-                    let (read, written) = cell.bytes();
-                    f(host_slot, read, written);
+                    f(host_slot, cell.moved());
                 }
             }
             // Nobody but us takes cells, and we are here.
@@ -135,7 +156,16 @@ impl Cell {
         (read, self.bytes_written.load(Ordering::Relaxed))
     }
 
-    /// Its bytes are counted elsewhere from now on. Under the shard's lock.
+    pub(crate) fn moved(&self) -> Moved {
+        let (read, written) = self.bytes();
+        Moved {
+            read,
+            written,
+            retransmits: self.retransmits.load(Ordering::Relaxed).into(),
+        }
+    }
+
+    /// What it counted is counted elsewhere from now on. Under the shard's lock.
     pub(crate) fn stop_counting(&self) {
         self.counts.store(false, Ordering::Relaxed);
     }
@@ -164,7 +194,7 @@ mod tests {
 
     fn seen(cells: &mut Cells) -> Vec<(u32, u64, u64)> {
         let mut seen = Vec::new();
-        cells.look(|slot, read, written| seen.push((slot, read, written)));
+        cells.look(|slot, moved| seen.push((slot, moved.read, moved.written)));
         seen.sort_unstable();
         seen
     }
@@ -208,6 +238,7 @@ mod tests {
             old.gone.store(5, Ordering::Relaxed);
             old.checkpoint.store(5, Ordering::Relaxed);
             old.in_flight.store(5, Ordering::Relaxed);
+            old.retransmits.store(5, Ordering::Relaxed);
             old.stop_counting();
             drop(old);
             let new = cells.take(1);
@@ -217,6 +248,7 @@ mod tests {
             assert_eq!(new.gone.load(Ordering::Relaxed), 0);
             assert_eq!(new.checkpoint.load(Ordering::Relaxed), 0);
             assert_eq!(new.in_flight.load(Ordering::Relaxed), 0);
+            assert_eq!(new.moved().retransmits, 0);
             taken.push(new);
         }
         assert_eq!(cells.chunks.len(), chunks);
@@ -267,6 +299,71 @@ mod tests {
         assert_eq!((stats.open, stats.bytes_read), (0, THREADS * EACH * 3));
         let hosts: u64 = stats.hosts.iter().map(|host| host.bytes_read).sum();
         assert_eq!(hosts, stats.bytes_read);
+    }
+
+    /// Whoever asks, in whatever order the answers are told, and however the connection ends.
+    #[test]
+    fn segments_sent_again_are_counted_once_while_connections_are_asked_and_go() {
+        use std::sync::atomic::Ordering::Relaxed;
+
+        use crate::event::{Direction, TcpInfo};
+        use crate::observer::Composed;
+        use crate::record::Recorder;
+
+        const EACH: u64 = 3_000;
+        const OPEN: usize = 64;
+        fn answer(retransmits: u32) -> TcpInfo {
+            let mut bytes = [0; 168];
+            bytes[0] = 1;
+            bytes[100..104].copy_from_slice(&retransmits.to_ne_bytes());
+            TcpInfo::parse(&bytes).unwrap()
+        }
+        let recorder = Recorder::new(Composed::default(), 0, Arc::default());
+        let scope = recorder.declared(Direction::Inbound, "http");
+        let (left, expected) = (AtomicU64::new(2), AtomicU64::new(0));
+        std::thread::scope(|threads| {
+            for _ in 0..2 {
+                threads.spawn(|| {
+                    let mut open = std::collections::VecDeque::new();
+                    let close = |guard: crate::record::handle::ConnectionGuard, n: u64| {
+                        // Its last word, or none.
+                        let last = if n.is_multiple_of(3) { 7 } else { 5 };
+                        if last == 7 {
+                            guard.connection().set_last_tcp(answer(7));
+                        } else {
+                            guard.connection().note_tcp(&answer(5));
+                        }
+                        expected.fetch_add(last, Relaxed);
+                    };
+                    for n in 0..EACH {
+                        open.push_back(recorder.accepted(&scope, None, None, None));
+                        if open.len() > OPEN
+                            && let Some(guard) = open.pop_front()
+                        {
+                            close(guard, n);
+                        }
+                    }
+                    open.into_iter().for_each(|guard| close(guard, 0));
+                    left.fetch_sub(1, Relaxed);
+                });
+            }
+            // A sampler, whose answers may be told late.
+            threads.spawn(|| {
+                while left.load(Relaxed) > 0 {
+                    for connection in scope.live() {
+                        connection.note_tcp(&answer(5));
+                        connection.note_tcp(&answer(3));
+                    }
+                }
+            });
+            let mut before = 0;
+            while left.load(Relaxed) > 0 {
+                let now = scope.stats().retransmits;
+                assert!(now >= before, "{before}, then {now}");
+                before = now;
+            }
+        });
+        assert_eq!(scope.stats().retransmits, expected.load(Relaxed));
     }
 
     #[test]

@@ -47,6 +47,8 @@ pub(crate) struct Connection {
     pub(crate) ends: OnceLock<Ends>,
     pub(crate) tls: OnceLock<Box<TlsFacts>>,
     pub(crate) closed: OnceLock<Box<Close>>,
+    /// What the kernel said last, where it said something at the end.
+    last_tcp: OnceLock<Box<TcpInfo>>,
     /// The set-up span, written before anybody can use the connection.
     pub(crate) trace: OnceLock<TraceRef>,
     pub(crate) socket: SocketSlot,
@@ -76,8 +78,6 @@ struct Aside {
     /// Requests that are served and have a trace, the latest at the end.
     serving: Mutex<Vec<Serving>>,
     failed: OnceLock<(FailureReason, Duration)>,
-    /// What the kernel said last, where it said something at the end.
-    last_tcp: OnceLock<TcpInfo>,
     /// Its addresses as hyper-util says them, which reqwest's responses look for.
     #[cfg(feature = "reqwest-transport")]
     http_info: OnceLock<hyper_util::client::legacy::connect::HttpInfo>,
@@ -162,6 +162,7 @@ impl Connection {
             ends: OnceLock::new(),
             tls: OnceLock::new(),
             closed: OnceLock::new(),
+            last_tcp: OnceLock::new(),
             trace: OnceLock::new(),
             socket: SocketSlot::default(),
             aside: OnceLock::new(),
@@ -272,15 +273,29 @@ impl Connection {
             .store(self.cell.bytes_written.load(Relaxed) + bytes, Relaxed);
     }
 
-    /// The kernel's last word. What it counted stands for what nobody of us could count.
-    pub(crate) fn set_last_tcp(&self, tcp: TcpInfo) {
+    /// The kernel's last word on a connection whose bytes nobody of us could count: what it counted
+    /// stands for them.
+    #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
+    pub(crate) fn set_last_tcp_and_bytes(&self, tcp: TcpInfo) {
         self.cell
             .bytes_read
             .store(tcp.bytes_received.unwrap_or_default(), Relaxed);
         self.cell
             .bytes_written
             .store(tcp.bytes_acked.unwrap_or_default(), Relaxed);
-        let _ = self.aside().last_tcp.set(tcp);
+        self.scope.see_tcp();
+        self.set_last_tcp(tcp);
+    }
+
+    /// The kernel's last word. Before the close.
+    pub(crate) fn set_last_tcp(&self, tcp: TcpInfo) {
+        self.note_tcp(&tcp);
+        let _ = self.last_tcp.set(Box::new(tcp));
+    }
+
+    /// Counts what the kernel counted. Two may ask at once, and the later answer may be told first.
+    pub(crate) fn note_tcp(&self, tcp: &TcpInfo) {
+        self.cell.retransmits.fetch_max(tcp.retransmits, Relaxed);
     }
 
     /// It ended then, and is told later. The caller saw to it that nothing happened to it since.
@@ -290,7 +305,7 @@ impl Connection {
     }
 
     pub(crate) fn last_tcp(&self) -> Option<TcpInfo> {
-        self.aside.get()?.last_tcp.get().copied()
+        self.last_tcp.get().map(|tcp| **tcp)
     }
 
     /// Whom it was accepted from, where that can be told.
@@ -309,13 +324,21 @@ impl Connection {
     }
 
     fn state_for(&self, state: ConnectionState, now: Duration) -> Option<Duration> {
+        self.since(now).filter(|_| self.state() == state)
+    }
+
+    /// How long it has been in its state, or was in the one before if it was closed; none where that is
+    /// not kept.
+    fn since(&self, now: Duration) -> Option<Duration> {
         let since = self.cell.since.load(Relaxed).checked_sub(1)?;
-        (self.state() == state).then(|| now.saturating_sub(Duration::from_nanos(since)))
+        Some(now.saturating_sub(Duration::from_nanos(since)))
     }
 
     /// What the kernel says now; none without a TCP socket that is open and ours to ask.
     pub(crate) fn tcp_info(&self) -> Option<TcpInfo> {
-        self.socket.tcp_info()
+        let tcp = self.socket.tcp_info()?;
+        self.note_tcp(&tcp);
+        Some(tcp)
     }
 
     pub(crate) fn snapshot(&self) -> ConnectionSnapshot {
@@ -361,7 +384,7 @@ impl Connection {
                 timeline: timeline.entries().collect(),
                 timeline_dropped: timeline.dropped(),
                 closed: closed.map(|close| (close.reason, close.initiator)),
-                last_tcp: self.last_tcp(),
+                last_tcp: closed.and_then(|_| self.last_tcp()),
                 failed: failed.map(|failed| failed.0),
             }
         }
@@ -443,6 +466,20 @@ impl Connection {
             }
             Err(mut phase) => Some(end(&mut phase)),
         }
+    }
+
+    /// Where its set-up tried to connect to, as far as its steps are kept.
+    #[cfg_attr(not(all(feature = "audit", target_os = "linux")), allow(dead_code))]
+    pub(crate) fn addresses_tried(&self) -> Vec<std::net::SocketAddr> {
+        let Some(aside) = self.aside.get() else {
+            return Vec::new();
+        };
+        let phases = lock(&aside.phases);
+        let address = |phase: &Phase| match &phase.kind {
+            PhaseKind::Connect { address } => Some(*address),
+            _ => None,
+        };
+        phases.iter().filter_map(address).collect()
     }
 
     /// Takes the phases, for the sinks; they are not kept after set-up.

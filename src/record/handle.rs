@@ -42,6 +42,11 @@ impl ConnectionGuard {
         &self.connection
     }
 
+    /// Whether somebody will see how it ended.
+    pub(crate) fn end_is_seen(&self) -> bool {
+        self.recorder.sees_ends()
+    }
+
     /// Its end is seen by this watch, which looks before each snapshot.
     #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
     pub(crate) fn watched_by<W: CloseWatch + 'static>(&self, watch: &Arc<W>) {
@@ -71,7 +76,7 @@ impl ConnectionGuard {
     #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
     pub(crate) fn gone(self, tcp: Option<TcpInfo>, at: Option<Instant>) {
         if let Some(tcp) = tcp {
-            self.connection.set_last_tcp(tcp);
+            self.connection.set_last_tcp_and_bytes(tcp);
         }
         if let Some(at) = at {
             self.connection.set_gone(at);
@@ -266,7 +271,7 @@ impl ConnectionRecord {
     /// write takes. (After [`TrackedIo::get_mut`](crate::TrackedIo::get_mut) or
     /// [`map`](crate::TrackedIo::map) it takes two, so that no other socket can answer.)
     ///
-    /// None once it is closed, for what is not TCP, for streams of foreign make (see
+    /// None once it is closed ([`ConnectionSnapshot::last_tcp`] has what it said last), for what is not TCP, for streams of foreign make (see
     /// [`Endpoints::socket`](crate::Endpoints::socket)), without the feature `net`, and on systems
     /// other than Linux.
     ///

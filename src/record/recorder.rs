@@ -7,7 +7,7 @@
 use std::collections::hash_map::RandomState;
 use std::collections::{BTreeMap, VecDeque};
 use std::hash::{BuildHasher, Hasher};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::time::{Duration, SystemTime};
@@ -59,6 +59,37 @@ type Scopes = BTreeMap<(Direction, Arc<str>), Arc<Scope>>;
 #[derive(Clone)]
 pub(crate) struct Recorder(Arc<Inner>);
 
+/// Every recorder of the process, those that nobody reads too.
+#[cfg(all(feature = "audit", target_os = "linux"))]
+static ALL: Mutex<Vec<Weak<Inner>>> = Mutex::new(Vec::new());
+
+/// Whose connections are telemetry's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    not(all(feature = "audit", feature = "otlp", target_os = "linux")),
+    allow(dead_code)
+)]
+pub(crate) enum Exporter {
+    /// It serves on this address.
+    Serves(SocketAddr),
+    /// It sends to this port; of this address, where that is known.
+    Sends(Option<IpAddr>, u16),
+}
+
+#[cfg_attr(not(all(feature = "audit", target_os = "linux")), allow(dead_code))]
+impl Exporter {
+    /// Whether a connection with these ends may be its own.
+    pub(crate) fn has(&self, local: SocketAddr, peer: SocketAddr) -> bool {
+        match self {
+            Self::Serves(address) => {
+                let any = address.ip().is_unspecified() || address.ip() == local.ip();
+                any && address.port() == local.port()
+            }
+            Self::Sends(ip, port) => *port == peer.port() && ip.is_none_or(|ip| ip == peer.ip()),
+        }
+    }
+}
+
 struct Inner {
     instance: u32,
     ordinal: u32,
@@ -75,12 +106,13 @@ struct Inner {
     pools: Mutex<Pools>,
     listeners: Listeners,
     close_watch: OnceLock<Arc<dyn CloseWatch>>,
+    exporters: Mutex<Vec<Exporter>>,
 }
 
 impl Recorder {
     pub(crate) fn new(observers: Composed, history_size: usize, drops: Arc<Drops>) -> Self {
         static ORDINAL: AtomicU32 = AtomicU32::new(0);
-        Self(Arc::new(Inner {
+        let recorder = Self(Arc::new(Inner {
             // The standard library's hash keys are the random source that is there anyway.
             instance: RandomState::new().build_hasher().finish() as u32,
             ordinal: ORDINAL.fetch_add(1, Relaxed),
@@ -96,7 +128,33 @@ impl Recorder {
             pools: Mutex::default(),
             listeners: Listeners::default(),
             close_watch: OnceLock::new(),
-        }))
+            exporters: Mutex::default(),
+        }));
+        #[cfg(all(feature = "audit", target_os = "linux"))]
+        {
+            let mut all = lock(&ALL);
+            all.retain(|recorder| recorder.strong_count() > 0);
+            all.push(Arc::downgrade(&recorder.0));
+        }
+        recorder
+    }
+
+    /// Every recorder of the process that is still there.
+    #[cfg(all(feature = "audit", target_os = "linux"))]
+    pub(crate) fn all() -> Vec<Self> {
+        let all = lock(&ALL);
+        all.iter().filter_map(Weak::upgrade).map(Self).collect()
+    }
+
+    /// An exporter of this `Conntrack` has connections, which are not to be tracked.
+    #[cfg_attr(not(any(feature = "otlp", feature = "inspect")), allow(dead_code))]
+    pub(crate) fn add_exporter(&self, exporter: Exporter) {
+        lock(&self.0.exporters).push(exporter);
+    }
+
+    #[cfg(all(feature = "audit", target_os = "linux"))]
+    pub(crate) fn exporters(&self) -> Vec<Exporter> {
+        lock(&self.0.exporters).clone()
     }
 
     /// A recorder that nobody reads: for connections that must work and must not be seen.
@@ -452,6 +510,11 @@ impl Recorder {
         history.push_back(connection.clone());
         drop(history);
         drop(oldest);
+    }
+
+    /// Whether closes have anybody to go to, observers of a scope apart.
+    pub(crate) fn sees_ends(&self) -> bool {
+        self.0.history_size > 0 || self.0.sinks.get().is_some_and(|sinks| !sinks.is_empty())
     }
 
     /// Whether the phases of set-up have anybody to go to.

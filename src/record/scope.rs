@@ -27,7 +27,7 @@ use crate::event::{
 };
 use crate::observer::{Composed, Observer};
 use crate::record::accept_queue::Queues;
-use crate::record::cells::Cells;
+use crate::record::cells::{Cells, Moved};
 use crate::record::outbox::Outbox;
 use crate::record::stats::{Drops, HostStats, ScopeStats};
 use crate::record::times::{self, Buckets, Recent};
@@ -36,7 +36,7 @@ use crate::record::{Connection, lock};
 /// How many hosts get a label set of their own per name; the rest is summed in `_other`.
 pub(crate) const HOSTS_PER_NAME: usize = 200;
 /// Into how many shards a scope is split.
-const SHARDS: usize = 32;
+pub(crate) const SHARDS: usize = 32;
 
 const DECLARED: u8 = 1;
 const NO_SPANS: u8 = 2;
@@ -45,6 +45,7 @@ const REQUESTS_SEEN: u8 = 8;
 const TRACKED: u8 = 16;
 const STATES_SEEN: u8 = 32;
 const TLS_SEEN: u8 = 64;
+const TCP_SEEN: u8 = 128;
 
 /// What one who looks at timelines adds to the number of those who look; there are fewer of these.
 pub(crate) const TIMELINES: u32 = 1 << 16;
@@ -159,8 +160,8 @@ pub(crate) struct Shard {
 #[derive(Clone, Copy, Default)]
 struct ShardHost {
     states: States,
-    /// What closed connections read and wrote.
-    closed_bytes: [u64; 2],
+    /// What closed connections moved.
+    closed: Moved,
 }
 
 impl Shard {
@@ -302,6 +303,15 @@ impl Scope {
 
     pub(crate) fn tls_seen(&self) -> bool {
         self.switches.load(Ordering::Relaxed) & TLS_SEEN != 0
+    }
+
+    /// The kernel can be asked about its connections.
+    pub(crate) fn see_tcp(&self) {
+        self.switch_on(TCP_SEEN);
+    }
+
+    pub(crate) fn tcp_seen(&self) -> bool {
+        self.switches.load(Ordering::Relaxed) & TCP_SEEN != 0
     }
 
     /// Somebody looks at each connection, so what costs a little more is kept, too: since when it is
@@ -485,10 +495,7 @@ impl Scope {
         let mut shard = self.shard(connection.id);
         let removed = shard.live.remove(&connection.id.number);
         if removed.is_some() {
-            let (read, written) = connection.bytes();
-            let host = shard.host(connection.host_slot);
-            host.closed_bytes[0] += read;
-            host.closed_bytes[1] += written;
+            shard.host(connection.host_slot).closed += connection.cell.moved();
             connection.cell.stop_counting();
         }
         drop(shard);
@@ -544,6 +551,13 @@ impl Scope {
         live
     }
 
+    /// Those in one of [`SHARDS`] parts, in no order.
+    #[cfg_attr(not(feature = "otel"), allow(dead_code))]
+    pub(crate) fn live_in(&self, shard: usize) -> Vec<Arc<Connection>> {
+        let shard = self.shards.get(shard).map(|shard| lock(&shard.0));
+        shard.map_or_else(Vec::new, |shard| shard.live.values().cloned().collect())
+    }
+
     /// A consistent copy of the counts, and the byte totals by host.
     pub(crate) fn stats(&self) -> ScopeStats {
         // Under the scope's lock nothing opens or closes; requests go on, but a connection is in
@@ -591,11 +605,11 @@ impl Scope {
         for shard in &self.shards {
             let mut shard = lock(&shard.0);
             for (slot, host) in shard.hosts.iter().enumerate() {
-                stats.add_bytes(slot, host.closed_bytes[0], host.closed_bytes[1]);
+                stats.add_moved(slot, host.closed);
             }
-            shard.cells.look(|slot, read, written| {
-                stats.add_bytes(slot as usize, read, written);
-            });
+            shard
+                .cells
+                .look(|slot, moved| stats.add_moved(slot as usize, moved));
         }
         stats
     }

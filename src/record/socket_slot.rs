@@ -14,6 +14,9 @@
 //!   there.) On a kernel without cookies the slot is emptied instead.
 //!
 //! The descriptor is never duplicated: a duplicate would keep the connection open.
+//!
+//! When the slot is emptied the socket is asked a last time, if anybody will see the answer: at that
+//! moment the connection is over for its owner, and the kernel still knows all of it.
 
 use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex};
@@ -30,16 +33,32 @@ struct Socket {
     fd: RawFd,
     /// Noted before the stream was in other hands for the first time.
     cookie: Option<NonZeroU64>,
+    /// Somebody will see what it says at the end.
+    seen: bool,
+}
+
+impl Socket {
+    fn tcp_info(&self) -> Option<TcpInfo> {
+        let info = tcp_info::read(self.fd)?;
+        let same = self.cookie.is_none() || self.cookie == tcp_info::cookie(self.fd);
+        same.then_some(info)
+    }
 }
 
 impl SocketSlot {
     /// One system call under the lock, two for a stream that was in other hands.
     pub(crate) fn tcp_info(&self) -> Option<TcpInfo> {
+        lock(&self.0).as_ref()?.tcp_info()
+    }
+
+    /// What tells the socket from every other; none where `tcp_info` would have no answer. One system
+    /// call under the lock.
+    #[cfg_attr(not(all(feature = "audit", target_os = "linux")), allow(dead_code))]
+    pub(crate) fn cookie(&self) -> Option<NonZeroU64> {
         let slot = lock(&self.0);
         let socket = slot.as_ref()?;
-        let info = tcp_info::read(socket.fd)?;
-        let same = socket.cookie.is_none() || socket.cookie == tcp_info::cookie(socket.fd);
-        same.then_some(info)
+        let now = tcp_info::cookie(socket.fd)?;
+        (socket.cookie.is_none() || socket.cookie == Some(now)).then_some(now)
     }
 
     /// Ends the socket in both directions, so that whoever reads or writes it learns that it is over.
@@ -79,8 +98,16 @@ impl SocketGuard {
     /// For a stream without a socket to ask.
     pub(crate) const NONE: Self = Self(None);
 
-    pub(crate) fn new(connection: &Arc<Connection>, fd: RawFd) -> Self {
-        *lock(&connection.socket.0) = Some(Socket { fd, cookie: None });
+    /// `seen`: somebody will see what the socket says at the end.
+    pub(crate) fn new(connection: &Arc<Connection>, fd: RawFd, seen: bool) -> Self {
+        *lock(&connection.socket.0) = Some(Socket {
+            fd,
+            cookie: None,
+            seen,
+        });
+        if tcp_info::CAN_ASK {
+            connection.scope.see_tcp();
+        }
         Self(Some(connection.clone()))
     }
 
@@ -94,8 +121,15 @@ impl SocketGuard {
 
 impl Drop for SocketGuard {
     fn drop(&mut self) {
-        if let Some(connection) = &self.0 {
-            *lock(&connection.socket.0) = None;
+        let Some(connection) = &self.0 else { return };
+        let mut slot = lock(&connection.socket.0);
+        let socket = slot.take();
+        let last = socket
+            .filter(|socket| socket.seen || connection.scope.observed())
+            .and_then(|socket| socket.tcp_info());
+        drop(slot);
+        if let Some(last) = last {
+            connection.set_last_tcp(last);
         }
     }
 }

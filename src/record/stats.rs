@@ -11,6 +11,7 @@ use crate::event::{
 };
 use crate::record::Scope;
 use crate::record::accept_queue::AcceptQueue;
+use crate::record::cells::Moved;
 use crate::record::close_watch::CloseWatchStats;
 use crate::record::pool::PoolStats;
 use crate::record::scope::{Counts, States};
@@ -244,6 +245,13 @@ pub struct ScopeStats {
     pub bytes_read: u64,
     /// Bytes written by all connections so far, likewise.
     pub bytes_written: u64,
+    /// The kernel can be asked about its connections: TCP on Linux.
+    pub tcp_seen: bool,
+    /// Segments that were sent again on all connections so far, as of the last look at each: a sample
+    /// ([`Builder::tcp_sample_interval`](crate::Builder::tcp_sample_interval)), a
+    /// [`ConnectionRecord::tcp_info`](crate::ConnectionRecord::tcp_info), its close. Not part of what the
+    /// sequence number vouches for.
+    pub retransmits: u64,
     /// By host: the first entry holds what has no host, then come those that were learned, then the
     /// sums over the rest.
     pub hosts: Vec<HostStats>,
@@ -273,6 +281,8 @@ pub struct HostStats {
     pub bytes_read: u64,
     /// Bytes written so far.
     pub bytes_written: u64,
+    /// Segments sent again so far, as far as the kernel was asked: see [`ScopeStats::retransmits`].
+    pub retransmits: u64,
 }
 
 impl ScopeStats {
@@ -317,6 +327,8 @@ impl ScopeStats {
             accept_queue: None,
             bytes_read: 0,
             bytes_written: 0,
+            tcp_seen: scope.tcp_seen(),
+            retransmits: 0,
             hosts: hosts.collect(),
             metrics: scope.metrics(),
         }
@@ -336,13 +348,15 @@ impl ScopeStats {
         }
     }
 
-    pub(crate) fn add_bytes(&mut self, slot: usize, read: u64, written: u64) {
-        self.bytes_read += read;
-        self.bytes_written += written;
+    pub(crate) fn add_moved(&mut self, slot: usize, moved: Moved) {
+        self.bytes_read += moved.read;
+        self.bytes_written += moved.written;
+        self.retransmits += moved.retransmits;
         // A host learned between the two halves of the snapshot is in the next one.
         if let Some(host) = self.hosts.get_mut(slot) {
-            host.bytes_read += read;
-            host.bytes_written += written;
+            host.bytes_read += moved.read;
+            host.bytes_written += moved.written;
+            host.retransmits += moved.retransmits;
         }
     }
 
@@ -402,6 +416,7 @@ impl HostStats {
             by_version: Vec::new(),
             bytes_read: 0,
             bytes_written: 0,
+            retransmits: 0,
         }
     }
 }
@@ -457,7 +472,11 @@ pub struct ConnectionSnapshot {
     pub timeline_dropped: u64,
     /// Why and by whom it was closed, once it is.
     pub closed: Option<(CloseReason, Initiator)>,
-    /// What the kernel said of it at its end; only of a stock client's connection, on Linux.
+    /// What the kernel said of it at its end, just before the descriptor was closed (of a stock client's
+    /// connection: just after). TCP on Linux, where
+    /// [`ConnectionRecord::tcp_info`](crate::ConnectionRecord::tcp_info) answers. None while it is open,
+    /// and where nobody would have seen it: with a history of 0, and neither spans nor metrics nor an
+    /// observer.
     pub last_tcp: Option<TcpInfo>,
     /// Why its set-up failed, if it did.
     pub failed: Option<FailureReason>,

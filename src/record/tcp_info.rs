@@ -15,6 +15,9 @@ pub(crate) use std::os::fd::RawFd;
 #[cfg(not(unix))]
 pub(crate) type RawFd = i32;
 
+/// Whether there is anybody to ask.
+pub(crate) const CAN_ASK: bool = cfg!(all(target_os = "linux", feature = "net"));
+
 /// Where `struct tcp_info` of include/uapi/linux/tcp.h has its fields, in bytes. Each stands at a
 /// multiple of its size, so it is the same on every architecture.
 mod at {

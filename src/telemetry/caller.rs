@@ -1,6 +1,9 @@
 //! The caller's span: what a request's own trace learns about its connection.
-// Requests are seen by the layer over an HTTP client.
-#![cfg_attr(not(feature = "hyper"), allow(dead_code, unused_imports))]
+// Requests are seen by the layer over an HTTP client, and by servers.
+#![cfg_attr(
+    not(all(feature = "hyper", feature = "net")),
+    allow(dead_code, unused_imports)
+)]
 
 use std::any::Any;
 use std::sync::Arc;

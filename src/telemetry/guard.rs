@@ -21,6 +21,8 @@ use tracing_subscriber::{EnvFilter, Layer, Registry};
 use crate::builder::{Builder, Built};
 use crate::config::ConfigError;
 use crate::conntrack::Conntrack;
+#[cfg(feature = "prometheus")]
+use crate::record::recorder::Exporter;
 use crate::telemetry::env::Propagators;
 use crate::telemetry::otlp;
 use crate::telemetry::runtime::TelemetryRuntime;
@@ -124,13 +126,21 @@ impl Builder {
                 .fold(builder.stock, |stock, authority| stock.exclude(authority));
         }
         let Built { conntrack, spans } = builder.assemble(drops)?;
+        for otlp in plan.traces.iter().chain(&plan.metrics) {
+            if let Some(exporter) = otlp.exporter() {
+                conntrack.recorder.add_exporter(exporter);
+            }
+        }
         #[cfg(feature = "prometheus")]
         let prometheus = match endpoint {
             Some(endpoint) => {
                 if plan.go_conntrack_names {
                     endpoint.add_go_conntrack_names(&conntrack)?;
                 }
-                Some(endpoint.serve(&handle)?)
+                let serving = endpoint.serve(&handle)?;
+                let exporter = Exporter::Serves(serving.address());
+                conntrack.recorder.add_exporter(exporter);
+                Some(serving)
             }
             None => None,
         };

@@ -35,7 +35,7 @@ attributes! {
     DIRECTION = "conntrack.direction": "`inbound` (accepted) or `outbound` (opened)";
     NAME = "conntrack.name": "the name of the listener, dialer, connector, transport or in-flight limit; `stock` for the pools of stock clients. What has the same name is summed in `conntrack.pool.*`: give a limit a name of its own";
     INSTANCE = "conntrack.instance": "which `Conntrack` of the process, from 0; on the instrumentation scope";
-    DROPPED_ITEM = "conntrack.dropped.item": "what was dropped: `span`, `metric_export`, `event`, `channel`, `label_set`, `name`, `phase`, `observer_panic`, `sink_panic`, `pool_event`, `pool_message`";
+    DROPPED_ITEM = "conntrack.dropped.item": "what was dropped: `span`, `metric_export`, `event`, `channel`, `label_set`, `name`, `phase`, `observer_panic`, `sink_panic`, `pool_event`, `pool_message`; of the host's table `malformed_row`, `untracked`";
     REASON = "conntrack.reason": "why: a close, accept or reject reason; of a pool event the wait's outcome, the close reason, `reused` or `new`";
     POOL_EVENT = "conntrack.event": "what happened in the pool, such as `IdleConnIn`";
     POOL_LIMIT = "conntrack.limit": "which limit: `max_conns_per_host`, `max_idle_conns`, `max_idle_conns_per_host` (connections), `max_waiters` and, of an in-flight limit, `max_in_flight_per_host` (requests)";
@@ -56,6 +56,11 @@ attributes! {
     SERVER_ADDRESS = "server.address": "the host asked for; `_other` for hosts beyond the bound";
     SERVER_PORT = "server.port": "the port asked for";
     URL_SCHEME = "url.scheme": "`http` or `https`, where an HTTP client asked";
+    HOST_PORT = "conntrack.host.port": "of the host's connections: the local port of inbound ones, the remote port of outbound ones; `_other` beyond the bound";
+    HOST_GROUP = "conntrack.host.group": "the peer's subnet or the socket's cgroup, where asked for; `_other` beyond the bound, `unknown` where the kernel told none";
+    HOST_AGE = "le": "at most so old, seconds, as in a histogram of Prometheus: each bound counts those below it too";
+    HOST_SCAN_RESULT = "conntrack.host.scan.result": "`whole`, `torn` (something may have been left out) or `failed`";
+    CONNECTION_STATE = "network.connection.state": "the state of TCP: `established`, `close_wait`, `time_wait`, ...";
     HTTP_CONNECTION_STATE = "http.connection.state": "`active` or `idle`; of a listener's connections also `new` and `hijacked`";
     PROTOCOL_VERSION = "network.protocol.version": "`1.0`, `1.1` or `2`, once it is known";
     NETWORK_TRANSPORT = "network.transport": "`tcp` or `unix`";
@@ -66,6 +71,15 @@ attributes! {
     LOCAL_PORT = "network.local.port": "our port, on spans only";
     DNS_QUESTION = "dns.question.name": "the name that was looked up";
     DNS_ANSWERS = "dns.answers": "the addresses found, at most 16";
+    TCP_STATE = "network.connection.state": "the kernel's state of the connection at that time, such as `established` or `close_wait`; this and the others of `conntrack.tcp`: TCP on Linux";
+    TCP_RTT = "conntrack.tcp.rtt": "smoothed round-trip time, seconds; not set while nothing was measured";
+    TCP_RTT_VARIANCE = "conntrack.tcp.rtt_variance": "how much the round-trip time varies, seconds; likewise";
+    TCP_RETRANSMITS = "conntrack.tcp.retransmits": "segments sent again, of the whole connection so far";
+    TCP_LOST = "conntrack.tcp.lost": "segments under way that the kernel took for lost at that time";
+    TCP_CONGESTION_WINDOW = "conntrack.tcp.congestion_window": "how many segments might be under way";
+    TCP_DELIVERY_RATE = "conntrack.tcp.delivery_rate": "the newest measure of how fast data reached the peer, bytes per second";
+    TCP_BYTES_ACKED = "conntrack.tcp.bytes_acked": "bytes that the peer has acknowledged, of the whole connection so far";
+    TCP_NOT_SENT = "conntrack.tcp.not_sent": "bytes that were written and waited to be sent";
     TLS_VERSION = "tls.protocol.version": "`1.2` or `1.3`";
     TLS_CIPHER = "tls.cipher": "the cipher suite";
     TLS_NEXT_PROTOCOL = "tls.next_protocol": "ALPN";
@@ -183,6 +197,15 @@ pub const SPANS: &[SpanName] = &[
             CONNECTION_IDLE_TIME,
             CONNECTION_OPEN,
             TIMELINE_DROPPED,
+            TCP_STATE,
+            TCP_RTT,
+            TCP_RTT_VARIANCE,
+            TCP_RETRANSMITS,
+            TCP_LOST,
+            TCP_CONGESTION_WINDOW,
+            TCP_DELIVERY_RATE,
+            TCP_BYTES_ACKED,
+            TCP_NOT_SENT,
         ],
     },
     SpanName {
@@ -217,6 +240,15 @@ pub const SPANS: &[SpanName] = &[
             BYTES_WRITTEN,
             CONNECTION_OPEN,
             CONNECTION_IDLE_TIME,
+            TCP_STATE,
+            TCP_RTT,
+            TCP_RTT_VARIANCE,
+            TCP_RETRANSMITS,
+            TCP_LOST,
+            TCP_CONGESTION_WINDOW,
+            TCP_DELIVERY_RATE,
+            TCP_BYTES_ACKED,
+            TCP_NOT_SENT,
         ],
     },
 ];
@@ -310,7 +342,7 @@ pub const SHORT: &[f64] = &[
 pub const LONG: &[f64] = &[
     0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,
 ];
-/// Bounds for set-up phases, which take microseconds on one host and seconds over a bad network.
+/// Bounds for set-up phases and round trips, which take microseconds on one host and seconds over a bad network.
 pub const SETUP: &[f64] = &[
     0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 ];
@@ -389,6 +421,12 @@ metrics! {
     IO = "conntrack.connection.io", Counter, "By",
         "Bytes read and written.",
         &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT, IO_DIRECTION, IO_LAYER];
+    TCP_ROUND_TRIP = "conntrack.tcp.rtt", Histogram(SETUP), "s",
+        "The kernel's smoothed round-trip time of connections: of each that is open once per `tcp_sample_interval`, and at its close; TCP on Linux.",
+        &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT];
+    TCP_SENT_AGAIN = "conntrack.tcp.retransmits", Counter, "{segment}",
+        "Segments that were sent again; of each open connection as of its last sample, of each closed one all; TCP on Linux.",
+        &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT];
     POOL_WAITING_NOW = "conntrack.pool.waiting", Gauge, "{request}",
         "Requests that wait for a connection, or under an in-flight limit for a place.",
         &[NAME, SERVER_ADDRESS, SERVER_PORT, URL_SCHEME, SOURCE];
@@ -445,6 +483,67 @@ metrics! {
         &[DROPPED_ITEM];
 }
 
+/// Declares the metrics of the host's table: a constant for each, and the table of all.
+macro_rules! host_metrics {
+    ($( $constant:ident = $name:literal, $instrument:expr, $unit:literal, $description:literal, $attributes:expr; )+) => {
+        $( #[doc = $description] pub const $constant: Metric = Metric {
+            name: $name,
+            instrument: $instrument,
+            unit: $unit,
+            description: $description,
+            attributes: $attributes,
+        }; )+
+
+        /// Every metric of the host's table (feature `host`): `Monitor::observe` and `conntrack-exporter`.
+        pub const HOST_METRICS: &[Metric] = &[$( $constant, )+];
+    };
+}
+
+host_metrics! {
+    HOST_SOCKETS = "system.network.connection.count", UpDownCounter, "{connection}",
+        "TCP sockets of the host, by state; of the ports that are looked at.",
+        &[CONNECTION_STATE, NETWORK_TRANSPORT, NETWORK_TYPE];
+    HOST_CONNECTIONS = "conntrack.host.connections", UpDownCounter, "{connection}",
+        "The host's established connections.",
+        &[DIRECTION, HOST_PORT, NETWORK_TYPE, HOST_GROUP];
+    HOST_LONGTERM = "conntrack.host.longterm_connections", UpDownCounter, "{connection}",
+        "Those that are established for at least `duration`.",
+        &[DIRECTION, HOST_PORT, NETWORK_TYPE, HOST_GROUP];
+    HOST_AGES = "conntrack.host.connection.age", UpDownCounter, "{connection}",
+        "The host's established connections that are at most so old. Prometheus has it as the histogram `conntrack_host_connection_age_seconds` of what is open now: it goes up and down, so it is to be read without `rate`.",
+        &[DIRECTION, NETWORK_TYPE, HOST_AGE];
+    HOST_QUEUE_LENGTH = "conntrack.host.accept_queue.length", Gauge, "{connection}",
+        "Connections that wait in the kernel to be accepted, by listening port.",
+        &[HOST_PORT];
+    HOST_QUEUE_LIMIT = "conntrack.host.accept_queue.limit", Gauge, "{connection}",
+        "How many may wait, by listening port; not where `/proc` is read.",
+        &[HOST_PORT];
+    HOST_SEGMENTS = "conntrack.host.tcp.segments_sent", Counter, "{segment}",
+        "TCP segments that the host sent, less those sent again.",
+        &[];
+    HOST_RETRANSMITS = "conntrack.host.tcp.retransmits", Counter, "{segment}",
+        "TCP segments that the host sent again.",
+        &[];
+    HOST_OVERFLOWS = "conntrack.host.listen.overflows", Counter, "{connection}",
+        "How often an accept queue was full.",
+        &[];
+    HOST_DROPS = "conntrack.host.listen.drops", Counter, "{connection}",
+        "Connections that were turned away at a listening socket, for whatever reason.",
+        &[];
+    HOST_SCANS = "conntrack.host.scans", Counter, "{scan}",
+        "How often the table was read, and how it went.",
+        &[HOST_SCAN_RESULT];
+    HOST_SCAN_DURATION = "conntrack.host.scan.duration", Seconds, "s",
+        "How long reading the table took the last time.",
+        &[];
+    HOST_SCAN_AGE = "conntrack.host.scan.age", Seconds, "s",
+        "How old what is told here is: the time since the last scan that did not fail.",
+        &[];
+    HOST_DROPPED = "conntrack.host.dropped", Counter, "{row}",
+        "Rows of the table that could not be read (`malformed_row`), and how often a connection was seen for which there was no room (`untracked`).",
+        &[DROPPED_ITEM];
+}
+
 /// The reference of spans, events, metrics and attributes, in Markdown: the README's section.
 pub fn reference() -> String {
     use std::fmt::Write as _;
@@ -470,7 +569,7 @@ pub fn reference() -> String {
         );
     }
     out.push_str("\n#### Metrics\n\n| metric | instrument, unit | what it tells | attributes |\n|---|---|---|---|\n");
-    for metric in METRICS {
+    for metric in METRICS.iter().chain(HOST_METRICS) {
         let _ = writeln!(
             out,
             "| `{}` | {}, `{}` | {} | {} |",
@@ -495,11 +594,12 @@ mod tests {
 
     #[test]
     fn names_are_unique_and_attributes_are_all_declared() {
-        let names: BTreeSet<_> = METRICS.iter().map(|metric| metric.name).collect();
-        assert_eq!(names.len(), METRICS.len());
+        let metrics = || METRICS.iter().chain(HOST_METRICS);
+        let names: BTreeSet<_> = metrics().map(|metric| metric.name).collect();
+        assert_eq!(names.len(), metrics().count());
         let keys: BTreeSet<_> = ATTRIBUTES.iter().map(|(key, _)| *key).collect();
         assert_eq!(keys.len(), ATTRIBUTES.len());
-        let used = METRICS.iter().flat_map(|metric| metric.attributes);
+        let used = metrics().flat_map(|metric| metric.attributes);
         let used = used.chain(SPANS.iter().chain(EVENTS).flat_map(|span| span.attributes));
         for key in used {
             assert!(

@@ -34,6 +34,7 @@ use tokio::task::AbortHandle;
 use tonic::metadata::MetadataMap;
 
 use crate::config::ConfigError;
+use crate::record::recorder::Exporter;
 use crate::record::stats::Drops;
 use crate::telemetry::env::Signal;
 use crate::telemetry::settings::{Otlp, Plan, Protocol};
@@ -180,6 +181,18 @@ impl Otlp {
             "the exporter could not be built; give a URL such as http://localhost:4317",
         )
         .with_source(error)
+    }
+
+    /// Where its connections go.
+    pub(crate) fn exporter(&self) -> Option<Exporter> {
+        let uri = self.endpoint.parse::<http::Uri>().ok()?;
+        let port = match (uri.port_u16(), uri.scheme_str()) {
+            (Some(port), _) => port,
+            (None, Some("https")) => 443,
+            (None, _) => 80,
+        };
+        let host = uri.host()?.trim_start_matches('[').trim_end_matches(']');
+        Some(Exporter::Sends(host.parse().ok(), port))
     }
 
     /// The endpoint as it may be shown: without credentials and query.

@@ -22,7 +22,7 @@ use opentelemetry::trace::{
 };
 use opentelemetry::{Array, Context, KeyValue, StringValue, Value};
 
-use crate::event::{Direction, Endpoint, FailureReason, Target, TraceRef, WaitOutcome};
+use crate::event::{Direction, Endpoint, FailureReason, Target, TcpInfo, TraceRef, WaitOutcome};
 use crate::record::connection::{Connection, Phase, PhaseKind};
 use crate::record::pool::Waited;
 use crate::record::recorder::Sink;
@@ -154,6 +154,10 @@ impl SpanWriter {
             None,
             |span| {
                 span.set_attributes(ends(connection));
+                // At shutdown it may still be open.
+                if let Some(last) = connection.last_tcp().or_else(|| connection.tcp_info()) {
+                    span.set_attributes(tcp(&last));
+                }
                 let timeline = connection.timeline();
                 if timeline.dropped() > 0 {
                     let dropped = timeline.dropped() as i64;
@@ -278,7 +282,11 @@ impl SpanWriter {
             span,
             now,
             None,
-            |_| {},
+            |span| {
+                if let Some(now) = connection.tcp_info() {
+                    span.set_attributes(tcp(&now));
+                }
+            },
         );
     }
 }
@@ -480,6 +488,35 @@ fn totals(connection: &Connection, attributes: &mut Vec<KeyValue>) {
         KeyValue::new(names::BYTES_READ, read as i64),
         KeyValue::new(names::BYTES_WRITTEN, written as i64),
     ]);
+}
+
+/// What the kernel said of it.
+fn tcp(info: &TcpInfo) -> impl Iterator<Item = KeyValue> {
+    let measured = !info.rtt.is_zero();
+    let seconds = |time: Duration| measured.then_some(Value::F64(time.as_secs_f64()));
+    let number = |n: u64| Some(Value::I64(i64::try_from(n).unwrap_or(i64::MAX)));
+    [
+        (names::TCP_STATE, Some(info.state.as_str().into())),
+        (names::TCP_RTT, seconds(info.rtt)),
+        (names::TCP_RTT_VARIANCE, seconds(info.rtt_variance)),
+        (names::TCP_RETRANSMITS, number(info.retransmits.into())),
+        (names::TCP_LOST, number(info.lost.into())),
+        (
+            names::TCP_CONGESTION_WINDOW,
+            number(info.congestion_window.into()),
+        ),
+        (
+            names::TCP_DELIVERY_RATE,
+            info.delivery_rate.and_then(number),
+        ),
+        (names::TCP_BYTES_ACKED, info.bytes_acked.and_then(number)),
+        (
+            names::TCP_NOT_SENT,
+            info.not_sent.map(u64::from).and_then(number),
+        ),
+    ]
+    .into_iter()
+    .filter_map(|(key, value)| Some(KeyValue::new(key, value?)))
 }
 
 const fn network_type(ipv4: bool) -> &'static str {

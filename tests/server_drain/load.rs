@@ -69,6 +69,11 @@ async fn what_was_handled_was_answered(site: &mut Site) {
             connection.await.unwrap();
         }));
     }
+    // In the middle of it, and at the end.
+    #[cfg(target_os = "linux")]
+    let accepted = support::audit::accepted_at(&[site.address]);
+    #[cfg(target_os = "linux")]
+    support::audit::comes_clean(&site.conntrack, &accepted).await;
     let mut handled = [0, 0];
     let mut count = |path: String| handled[usize::from(path == "/read")] += 1;
     for _ in 0..20 * CLIENTS {
@@ -85,5 +90,7 @@ async fn what_was_handled_was_answered(site: &mut Site) {
     let answered = answered.each_ref().map(|answered| answered.load(Relaxed));
     assert_eq!(handled, answered);
     assert_eq!(site.stats().requests, handled[0] + handled[1]);
+    #[cfg(target_os = "linux")]
+    support::audit::comes_clean(&site.conntrack, &accepted).await;
     assert_ended(site).await;
 }

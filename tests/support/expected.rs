@@ -91,6 +91,10 @@ pub fn observables(stats: &Stats, off: &[&str]) -> Points {
                 let io = [name, direction, layer, (names::IO_DIRECTION, way)];
                 add(&names::IO, &[&server[..], &io].concat(), bytes);
             }
+            if scope.tcp_seen {
+                let whose = [&[name, direction], &server[..]].concat();
+                add(&names::TCP_SENT_AGAIN, &whose, host.retransmits);
+            }
             let scheme = host.target.as_ref().and_then(|t| t.scheme.as_deref());
             let Some(scheme) = scheme else { continue };
             server.push((names::URL_SCHEME, scheme));

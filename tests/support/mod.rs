@@ -10,8 +10,12 @@
     unused_imports
 )]
 
+#[cfg(all(feature = "audit", target_os = "linux"))]
+pub mod audit;
 #[cfg(feature = "otlp")]
 pub mod expected;
+#[cfg(all(feature = "net", target_os = "linux"))]
+pub mod lossy;
 #[cfg(feature = "otlp")]
 pub mod otel;
 #[cfg(feature = "net")]

@@ -425,6 +425,11 @@ async fn the_counts_agree_after_many_requests_of_all_kinds() {
         for host in &stats.hosts {
             assert!(host.in_use <= 3, "{stats:?}");
         }
+        #[cfg(target_os = "linux")]
+        {
+            let mine = crate::audit::dialled_to(&[site.address(), other.address()]);
+            crate::audit::comes_clean(&ours.conntrack, mine).await;
+        }
         assert!(ours.transport.shutdown(LONG).await.is_empty());
     }
 }

@@ -168,6 +168,9 @@ async fn spares_never_outnumber_the_requests() {
         worker.await.unwrap();
     }
     watch.done();
+    // What is not the pool's by now was closed.
+    #[cfg(target_os = "linux")]
+    crate::audit::comes_clean(&conntrack, crate::audit::dialled_to(&[server.address])).await;
     assert_nothing_lost(&conntrack, &transport).await;
     server.wait_open(0).await;
 }

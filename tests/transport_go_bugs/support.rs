@@ -111,6 +111,8 @@ pub(crate) async fn at_rest(transport: &Transport) {
 /// Not one permit is lost or counted twice: the pool can be drained, and then nothing is open.
 pub(crate) async fn assert_nothing_lost(conntrack: &Conntrack, transport: &Transport) {
     at_rest(transport).await;
+    #[cfg(target_os = "linux")]
+    crate::audit::comes_clean(conntrack, |_| false).await;
     let shut = tokio::time::timeout(FOREVER, transport.shutdown(2 * FOREVER)).await;
     let lost = || format!("a permit was lost; open: {:#?}", conntrack.connections());
     assert!(shut.unwrap_or_else(|_| panic!("{}", lost())).is_empty());

@@ -174,6 +174,9 @@ async fn at_random(server: Hostile, versions: HttpVersions, seed: u64, paths: &[
     });
     join_all(workers).await;
     lab.wait_unused().await;
+    // What the pool has is there, and it has all that there is.
+    #[cfg(target_os = "linux")]
+    crate::audit::comes_clean(&lab.conntrack, crate::audit::dialled_to(&[server.address])).await;
     lab.end(&server).await;
 }
 

@@ -234,6 +234,7 @@ mod tests {
             cookie,
             state,
             held,
+            inode: u64::from(held),
             tcp: TcpInfo::parse(&info).filter(|_| state != TIME_WAIT),
         }
     }

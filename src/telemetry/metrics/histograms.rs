@@ -1,5 +1,5 @@
 //! The histograms of every meter, recorded when a set-up ends, when an accepted connection says its
-//! first word, and when a connection is closed.
+//! first word, when an open one is sampled, and when a connection is closed.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -9,7 +9,7 @@ use opentelemetry::KeyValue;
 use opentelemetry::metrics::{Histogram, Meter};
 
 use super::labels::{Admitted, Host, LABEL_SETS, Labels};
-use crate::event::{Direction, FailureReason, ProtocolVersion};
+use crate::event::{Direction, FailureReason, ProtocolVersion, TcpInfo};
 use crate::record::connection::{Connection, Phase, PhaseKind};
 use crate::record::pool::Waited;
 use crate::record::recorder::{OTHER, Sink};
@@ -32,6 +32,7 @@ pub(crate) struct Histograms {
     tls: Bounded,
     first_byte: Bounded,
     idle_time: Bounded,
+    rtt: Bounded,
     requests: Bounded,
     time_in_queue: Bounded,
 }
@@ -145,9 +146,27 @@ impl Histograms {
             tls: new(&names::TLS_DURATION),
             first_byte: new(&names::LISTENER_FIRST_BYTE),
             idle_time: new(&names::IDLE_TIME),
+            rtt: new(&names::TCP_ROUND_TRIP),
             requests: new(&names::CONNECTION_REQUEST_COUNT),
             time_in_queue: new(&names::TIME_IN_QUEUE),
         }
+    }
+
+    /// The kernel was asked about a connection.
+    pub(crate) fn tcp_sampled(&self, connection: &Connection, tcp: &TcpInfo) {
+        let scope = &connection.scope;
+        // Zero is no time, but that none was measured.
+        if !scope.metrics() || tcp.rtt.is_zero() {
+            return;
+        }
+        let rtt = tcp.rtt.as_secs_f64();
+        self.record(&self.rtt, key(connection, 0), rtt, || {
+            let labels = Labels {
+                direction: Some(scope.direction),
+                ..Labels::name(&scope.name)
+            };
+            labels.host(host(connection, false))
+        });
     }
 
     /// Records a value; `labels` is asked for when this label set is new.
@@ -311,6 +330,9 @@ impl Sink for Histograms {
                 version: version.map(ProtocolVersion::as_str),
                 ..Labels::default()
             });
+        }
+        if let Some(tcp) = connection.last_tcp() {
+            self.tcp_sampled(connection, &tcp);
         }
         let labels = || Labels::name(&scope.name).host(host(connection, false));
         let requests = connection.requests();

@@ -11,7 +11,7 @@ use super::labels::{Admitted, Host, Labels, Sums};
 use crate::event::{Direction, GaugeSource, IoLayer, ProtocolVersion};
 use crate::record::accept_queue::AcceptQueue;
 use crate::record::pool::{PoolHostStats, PoolStats};
-use crate::record::stats::{ScopeStats, Stats};
+use crate::record::stats::{HostStats, ScopeStats, Stats};
 use crate::record::{Recorder, lock};
 use crate::telemetry::names::{self, Instrument, Metric};
 
@@ -43,6 +43,7 @@ const OBSERVABLES: &[(&Metric, Read)] = &[
         closed(stats, Direction::Outbound, sums)
     }),
     (&names::IO, io),
+    (&names::TCP_SENT_AGAIN, retransmits),
     (&names::LISTENER_ACCEPTED, |stats, sums| {
         each(stats, Direction::Inbound, |s| {
             sums.add(Labels::name(&s.name), s.accepted)
@@ -312,26 +313,38 @@ fn closed(stats: &Stats, direction: Direction, sums: &mut Sums) {
     });
 }
 
+/// The hosts of a scope with what names them: name, direction, server.
+fn hosts(scope: &ScopeStats) -> impl Iterator<Item = (Labels, &HostStats)> {
+    scope.hosts.iter().filter_map(|host| {
+        let server = match &host.target {
+            Some(target) => Some(Host::of(target)),
+            None if host.folded => Some(Host::other()),
+            None if scope.direction == Direction::Inbound => None,
+            // Every outbound connection has a host.
+            None => return None,
+        };
+        let labels = Labels {
+            direction: Some(scope.direction),
+            ..Labels::name(&scope.name)
+        };
+        Some((labels.host(server), host))
+    })
+}
+
 fn io(stats: &Stats, sums: &mut Sums) {
-    for scope in scopes(stats) {
-        for host in &scope.hosts {
-            let server = match &host.target {
-                Some(target) => Some(Host::of(target)),
-                None if host.folded => Some(Host::other()),
-                None if scope.direction == Direction::Inbound => None,
-                // Every outbound connection has a host.
-                None => continue,
-            };
-            let labels = Labels {
-                direction: Some(scope.direction),
-                ..Labels::name(&scope.name)
-            }
-            .host(server)
-            .fact(names::IO_LAYER, IoLayer::as_str(host.layer));
-            for (direction, bytes) in [("read", host.bytes_read), ("written", host.bytes_written)] {
-                sums.add(labels.clone().fact(names::IO_DIRECTION, direction), bytes);
-            }
+    for (labels, host) in scopes(stats).flat_map(hosts) {
+        let labels = labels.fact(names::IO_LAYER, IoLayer::as_str(host.layer));
+        for (direction, bytes) in [("read", host.bytes_read), ("written", host.bytes_written)] {
+            sums.add(labels.clone().fact(names::IO_DIRECTION, direction), bytes);
         }
+    }
+}
+
+fn retransmits(stats: &Stats, sums: &mut Sums) {
+    // Where the kernel is not to be asked, a zero would be a guess.
+    let seen = scopes(stats).filter(|scope| scope.tcp_seen);
+    for (labels, host) in seen.flat_map(hosts) {
+        sums.add(labels, host.retransmits);
     }
 }
 

@@ -1,0 +1,282 @@
+//! The flags.
+//!
+//! Values are taken as text here and read in [`settings`](super::settings), where those of the
+//! environment and the file are too: so an error is the same wherever the value was said.
+
+use std::ffi::OsString;
+
+use clap::builder::{PossibleValuesParser, ValueParser};
+use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
+
+use crate::config::ConfigError;
+
+/// A setting that flags, environment and file know.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Spec {
+    /// As a flag and in the file; the variable is the same in capitals with `_`.
+    pub(super) name: &'static str,
+    pub(super) default: &'static str,
+    /// Whether it may stand alone, which means `true`.
+    pub(super) alone: bool,
+    value: &'static str,
+    help: &'static str,
+}
+
+impl Spec {
+    pub(super) fn variable(&self) -> String {
+        self.name.to_uppercase().replace('-', "_")
+    }
+}
+
+/// Every setting but the file's name.
+pub(super) const SETTINGS: &[Spec] = &[
+    Spec {
+        name: "simple",
+        default: "false",
+        alone: true,
+        value: "BOOL",
+        help: "One gauge of all long-term connections, without labels, instead of one per port and IP version",
+    },
+    Spec {
+        name: "tcpv6",
+        default: "true",
+        alone: true,
+        value: "BOOL",
+        help: "Look at IPv6 too. IPv4 clients of a server on [::] are IPv4 and always looked at",
+    },
+    Spec {
+        name: "port",
+        default: "-1",
+        alone: false,
+        value: "PORTS",
+        help: "Local ports to look at: 443,8080-8090,https; -1 for all but the exporter's own. May be given several times",
+    },
+    Spec {
+        name: "listen",
+        default: "9690",
+        alone: false,
+        value: "PORT|ADDRESS",
+        help: "Where to serve /metrics: a port, which is bound on 127.0.0.1 only, or an address such as 0.0.0.0:9690 for others to reach it; there is no access control",
+    },
+    Spec {
+        name: "duration",
+        default: "6",
+        alone: false,
+        value: "SECONDS",
+        help: "How long a connection is established before it is long-term, in whole seconds of real time",
+    },
+    Spec {
+        name: "period",
+        default: "1",
+        alone: false,
+        value: "SECONDS",
+        help: "How often the kernel's table is read, from 0.1 to 3600; at most a tenth of the time is spent reading",
+    },
+    Spec {
+        name: "group-by",
+        default: "none",
+        alone: false,
+        value: "GROUP",
+        help: "A further label of conntrack_host_*: subnet/24 (bits of IPv4, 64 of IPv6), subnet/24/56 (of both), cgroup, none",
+    },
+    Spec {
+        name: "proc-root",
+        default: "/proc",
+        alone: false,
+        value: "DIRECTORY",
+        help: "Read the tables under another /proc, such as a host's that is mounted into this container: DIRECTORY/1/net, else DIRECTORY/net",
+    },
+    Spec {
+        name: "otlp",
+        default: "auto",
+        alone: true,
+        value: "BOOL|URL",
+        help: "Send metrics by OTLP too: true (where OTEL_EXPORTER_OTLP_* says), a URL, false; auto if OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_METRICS_ENDPOINT is set",
+    },
+];
+
+/// The file's name: its flag, its variable.
+pub(super) const CONFIG: (&str, &str) = ("config", "CONFIG");
+
+/// What was said on the command line.
+#[derive(Debug)]
+pub(super) struct Flags(ArgMatches);
+
+impl Flags {
+    /// The value as it was said; several are a list.
+    pub(super) fn get(&self, name: &str) -> Option<OsString> {
+        let values: Vec<_> = self.0.get_many::<OsString>(name)?.cloned().collect();
+        Some(values.join(std::ffi::OsStr::new(",")))
+    }
+
+    pub(super) fn once(&self) -> bool {
+        self.0.get_flag("once")
+    }
+
+    /// Completions or the manual page, if they were asked for.
+    pub(super) fn document(&self) -> Option<Result<Vec<u8>, ConfigError>> {
+        if let Some(shell) = self.0.get_one::<String>("completions") {
+            let mut text = Vec::new();
+            // One of the possible values.
+            let shell: clap_complete::Shell = shell.parse().ok()?;
+            clap_complete::generate(shell, &mut command(), "conntrack-exporter", &mut text);
+            return Some(Ok(text));
+        }
+        if self.0.get_flag("man") {
+            let mut text = Vec::new();
+            let page = clap_mangen::Man::new(command()).render(&mut text);
+            let failed = |error| {
+                ConfigError::new("--man", "true", "it could not be written").with_source(error)
+            };
+            return Some(page.map(|()| text).map_err(failed));
+        }
+        None
+    }
+}
+
+/// Reads the command line; the error may be help or version.
+pub(super) fn parse(arguments: Vec<OsString>) -> Result<Flags, clap::Error> {
+    let arguments = arguments.into_iter().map(two_dashes);
+    command().try_get_matches_from(arguments).map(Flags)
+}
+
+/// tcp_established_exporter's flags may have one dash, as all of Go's.
+fn two_dashes(argument: OsString) -> OsString {
+    let known = |text: &str| {
+        let name = text.strip_prefix('-')?;
+        let name = name.split('=').next()?;
+        let known = SETTINGS.iter().any(|spec| spec.name == name);
+        (known || name == "config" || name == "conf").then(|| format!("-{text}").into())
+    };
+    argument.to_str().and_then(known).unwrap_or(argument)
+}
+
+fn command() -> Command {
+    let mut command = Command::new("conntrack-exporter")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("The TCP connections of this host for Prometheus and OTLP: how many, on which ports, and for how long")
+        .long_about(
+            "The TCP connections of this host for Prometheus and OTLP: how many, on which ports, and for how long.\n\n\
+             /metrics has netstat_tcp_longterm_connections_total and the others, / shows the effective settings, \
+             /-/healthy says whether the kernel's table can be read. It needs no privileges.",
+        )
+        .after_help(
+            "Every setting is a flag, an environment variable (SIMPLE, GROUP_BY, ...) and a line of the \
+             config file (`simple true`, `port=443`, `simple` alone; # begins a comment). A flag goes \
+             before the environment, that before the file. OTLP is set up by OTEL_*.\n\n\
+             Exit codes: 0, 1 where it can't run, 2 where a setting can't be used.",
+        );
+    for spec in SETTINGS {
+        let shown = format!(
+            "{} [default: {}] [env: {}]",
+            spec.help,
+            spec.default,
+            spec.variable()
+        );
+        let mut argument = Arg::new(spec.name)
+            .long(spec.name)
+            .value_name(spec.value)
+            .help(shown)
+            .value_parser(value_parser!(OsString));
+        if spec.alone {
+            argument = argument
+                .num_args(0..=1)
+                .require_equals(true)
+                .default_missing_value("true");
+        } else {
+            // Also `-1`.
+            argument = argument.allow_hyphen_values(true);
+        }
+        if spec.name == "port" {
+            argument = argument.action(ArgAction::Append);
+        }
+        command = command.arg(argument);
+    }
+    // As clap_complete reads them.
+    let shells = ["bash", "elvish", "fish", "powershell", "zsh"];
+    command
+        .arg(
+            Arg::new(CONFIG.0)
+                .long(CONFIG.0)
+                .visible_alias("conf")
+                .value_name("FILE")
+                .help("A file of settings, one per line [env: CONFIG]")
+                .value_parser(value_parser!(OsString)),
+        )
+        .arg(
+            Arg::new("once")
+                .long("once")
+                .action(ArgAction::SetTrue)
+                .help("Watch for as long as --duration, print a table, and end; --duration 0 for a table at once"),
+        )
+        .arg(
+            Arg::new("completions")
+                .long("completions")
+                .value_name("SHELL")
+                .value_parser(ValueParser::from(PossibleValuesParser::new(shells)))
+                .help("Print completions for a shell, and end"),
+        )
+        .arg(
+            Arg::new("man")
+                .long("man")
+                .action(ArgAction::SetTrue)
+                .help("Print the manual page (roff), and end"),
+        )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(arguments: &[&str]) -> Result<Flags, clap::Error> {
+        let program = ["conntrack-exporter"].iter().chain(arguments);
+        parse(program.map(OsString::from).collect())
+    }
+
+    #[test]
+    fn the_command_is_consistent() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn flags_are_taken_as_go_takes_them_and_as_people_write_them() {
+        for (arguments, name, value) in [
+            (&["--simple"][..], "simple", Some("true")),
+            (&["--simple=false"], "simple", Some("false")),
+            (&["-simple"], "simple", Some("true")),
+            (&["-tcpv6=F"], "tcpv6", Some("F")),
+            (&["--port", "-1"], "port", Some("-1")),
+            (&["-port", "443"], "port", Some("443")),
+            (&["--port=443", "--port", "http"], "port", Some("443,http")),
+            (&["--conf", "x"], "config", Some("x")),
+            (&["-config=x"], "config", Some("x")),
+            (&["--otlp=http://x"], "otlp", Some("http://x")),
+            (&[], "simple", None),
+        ] {
+            let flags = parsed(arguments).unwrap();
+            let value = value.map(OsString::from);
+            assert_eq!(flags.get(name), value, "{arguments:?}");
+        }
+        for wrong in [
+            &["--simple", "true"][..],
+            &["--nothing"],
+            &["--port"],
+            &["--listen", "1", "--listen", "2"],
+            &["--completions", "cobol"],
+        ] {
+            assert_eq!(parsed(wrong).unwrap_err().exit_code(), 2, "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn documents_are_printed() {
+        let text = |arguments: &[&str]| {
+            let text = parsed(arguments).unwrap().document().unwrap().unwrap();
+            String::from_utf8(text).unwrap()
+        };
+        for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+            assert!(text(&["--completions", shell]).contains("tcpv6"), "{shell}");
+        }
+        assert!(text(&["--man"]).contains(".TH conntrack-exporter"));
+    }
+}

@@ -1,0 +1,294 @@
+//! What was said: by flags, by the environment, by the file, by nobody. All of it is checked before
+//! anything is started.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::args::{CONFIG, Flags, SETTINGS, Spec};
+use super::file::{self, Line};
+use crate::config::ConfigError;
+use crate::host::ports::service;
+use crate::host::{GroupBy, Monitor, MonitorBuilder, Ports};
+
+/// The longest `duration`, seconds: ten years.
+const LONGEST: u64 = 10 * 365 * 86_400;
+
+/// Where a value was said.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Origin {
+    Default,
+    Flag(String),
+    Variable(String),
+    File(PathBuf, usize),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("default"),
+            Self::Flag(name) => write!(f, "flag --{name}"),
+            Self::Variable(name) => write!(f, "environment variable {name}"),
+            Self::File(path, line) => write!(f, "{}:{line}", path.display()),
+        }
+    }
+}
+
+/// A value as it was said.
+#[derive(Clone, Debug)]
+pub(super) struct Said {
+    pub(super) name: &'static str,
+    pub(super) value: String,
+    pub(super) origin: Origin,
+}
+
+impl Said {
+    /// How errors call it.
+    pub(super) fn setting(&self) -> String {
+        format!("{} ({})", self.name, self.origin)
+    }
+
+    fn wrong(&self, help: &str) -> ConfigError {
+        ConfigError::new(&self.setting(), &self.value, help)
+    }
+
+    /// As Go's `strconv.ParseBool`.
+    fn boolean(&self) -> Result<bool, ConfigError> {
+        match &*self.value {
+            "1" | "t" | "T" | "TRUE" | "true" | "True" => Ok(true),
+            "0" | "f" | "F" | "FALSE" | "false" | "False" => Ok(false),
+            _ => {
+                Err(self
+                    .wrong("must be true or false (or 1, t, T, TRUE, True, 0, f, F, FALSE, False)"))
+            }
+        }
+    }
+}
+
+/// Whether and where to metrics are sent.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Otlp {
+    Off,
+    /// Where the environment says.
+    On,
+    To(String),
+}
+
+/// All of it, decided.
+#[derive(Debug)]
+pub(super) struct Settings {
+    pub(super) simple: bool,
+    pub(super) ipv6: bool,
+    pub(super) ports: Ports,
+    pub(super) listen: SocketAddr,
+    pub(super) duration: Duration,
+    pub(super) period: Duration,
+    pub(super) group_by: GroupBy,
+    proc_root: PathBuf,
+    pub(super) otlp: Otlp,
+    /// In the order of [`SETTINGS`].
+    pub(super) said: Vec<Said>,
+    /// The file, if there was one.
+    pub(super) config: Option<(PathBuf, Origin)>,
+}
+
+/// From a variable's name to its value.
+type Environment<'a> = &'a dyn Fn(&str) -> Option<OsString>;
+
+impl Settings {
+    pub(super) fn read(flags: &Flags, environment: Environment<'_>) -> Result<Self, ConfigError> {
+        let config = config(flags, environment)?;
+        let lines = match &config {
+            Some((path, origin)) => file::read(path, &origin.to_string())?,
+            None => Vec::new(),
+        };
+        let path = config.as_ref();
+        let path = path.map_or_else(|| Path::new(""), |(path, _)| path);
+        let said = SETTINGS
+            .iter()
+            .map(|spec| find(spec, flags, environment, path, &lines))
+            .collect::<Result<Vec<_>, _>>()?;
+        let [
+            simple,
+            tcpv6,
+            port,
+            listen,
+            duration,
+            period,
+            group_by,
+            proc_root,
+            otlp,
+        ] = &said[..]
+        else {
+            unreachable!("one for each of the table");
+        };
+        let ports = Ports::parse(&port.setting(), &port.value, service)?;
+        let own = read_listen(listen)?;
+        if ports.without(own.port()).is_none() {
+            return Err(port.wrong(
+                "this is the exporter's own port (listen), which is left out, so nothing is left; \
+                 give another",
+            ));
+        }
+        let group = group_by
+            .value
+            .parse::<GroupBy>()
+            .map_err(|error| error.with_setting(group_by.setting()))?;
+        if group == GroupBy::Cgroup && proc_root.origin != Origin::Default {
+            return Err(group_by.wrong(
+                "only netlink tells cgroups, and it is not used with another /proc; leave out proc-root \
+                 or this",
+            ));
+        }
+        let root = PathBuf::from(&proc_root.value);
+        if !root.is_dir() {
+            return Err(proc_root.wrong("there is no such directory; give one that has net/tcp"));
+        }
+        Ok(Self {
+            simple: simple.boolean()?,
+            ipv6: tcpv6.boolean()?,
+            ports,
+            listen: own,
+            duration: seconds(duration)?,
+            period: read_period(period)?,
+            group_by: group,
+            proc_root: root,
+            otlp: read_otlp(otlp, environment)?,
+            said,
+            config,
+        })
+    }
+
+    /// What was said about a setting.
+    pub(super) fn of(&self, name: &str) -> Option<&Said> {
+        self.said.iter().find(|said| said.name == name)
+    }
+
+    /// For the host's table.
+    pub(super) fn monitor(&self) -> MonitorBuilder {
+        let monitor = Monitor::builder()
+            .ports(self.ports.clone())
+            .ipv6(self.ipv6)
+            .duration(self.duration)
+            .period(self.period)
+            .group_by(self.group_by)
+            .leave_out_self(self.otlp != Otlp::Off);
+        match self.of("proc-root") {
+            Some(said) if said.origin != Origin::Default => monitor.proc_root(&self.proc_root),
+            _ => monitor,
+        }
+    }
+}
+
+fn config(
+    flags: &Flags,
+    environment: Environment<'_>,
+) -> Result<Option<(PathBuf, Origin)>, ConfigError> {
+    let (flag, variable) = CONFIG;
+    if let Some(path) = flags.get(flag) {
+        return Ok(Some((path.into(), Origin::Flag(flag.to_owned()))));
+    }
+    let path = environment(variable).filter(|path| !path.is_empty());
+    Ok(path.map(|path| (path.into(), Origin::Variable(variable.to_owned()))))
+}
+
+/// A flag goes before the environment, that before the file.
+fn find(
+    spec: &Spec,
+    flags: &Flags,
+    environment: Environment<'_>,
+    path: &Path,
+    lines: &[Line],
+) -> Result<Said, ConfigError> {
+    let said = |value: OsString, origin: Origin| {
+        let lossy = value.to_string_lossy().trim().to_owned();
+        let said = Said {
+            name: spec.name,
+            value: lossy,
+            origin,
+        };
+        if value.to_str().is_none() {
+            return Err(said.wrong("must be Unicode; write it in UTF-8"));
+        }
+        Ok(said)
+    };
+    if let Some(value) = flags.get(spec.name) {
+        return said(value, Origin::Flag(spec.name.to_owned()));
+    }
+    let variable = spec.variable();
+    // One that is empty is not set.
+    if let Some(value) = environment(&variable).filter(|value| !value.is_empty()) {
+        return said(value, Origin::Variable(variable));
+    }
+    if let Some(line) = lines.iter().find(|line| line.name == spec.name) {
+        let origin = Origin::File(path.to_owned(), line.number);
+        return said(line.value.clone().into(), origin);
+    }
+    said(spec.default.into(), Origin::Default)
+}
+
+fn read_listen(said: &Said) -> Result<SocketAddr, ConfigError> {
+    if let Ok(address) = said.value.parse::<SocketAddr>() {
+        return Ok(address);
+    }
+    let port = said.value.strip_prefix("localhost:");
+    let port = port.unwrap_or(&said.value);
+    if let Ok(port) = port.parse::<u16>() {
+        return Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
+    }
+    let digits = port.strip_prefix('-').unwrap_or(port);
+    let help = if !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        "is out of range; a port is from 1 to 65535, and 0 takes a free one"
+    } else {
+        "must be a port, such as 9690, or an address and a port, such as 0.0.0.0:9690 or [::]:9690"
+    };
+    Err(said.wrong(help))
+}
+
+fn seconds(said: &Said) -> Result<Duration, ConfigError> {
+    let seconds = said.value.parse::<u64>().ok();
+    let seconds = seconds.filter(|seconds| *seconds <= LONGEST);
+    let help = "must be whole seconds, from 0 to 315360000 (ten years)";
+    seconds
+        .map(Duration::from_secs)
+        .ok_or_else(|| said.wrong(help))
+}
+
+fn read_period(said: &Said) -> Result<Duration, ConfigError> {
+    let seconds = said.value.parse::<f64>().ok();
+    let seconds = seconds.filter(|seconds| (0.1..=3_600.0).contains(seconds));
+    let help = "must be seconds, from 0.1 to 3600";
+    seconds
+        .map(Duration::from_secs_f64)
+        .ok_or_else(|| said.wrong(help))
+}
+
+fn read_otlp(said: &Said, environment: Environment<'_>) -> Result<Otlp, ConfigError> {
+    if said.value == "auto" {
+        let set = |name: &str| environment(name).is_some_and(|value| !value.is_empty());
+        let endpoints = [
+            "OTEL_EXPORTER_OTLP_ENDPOINT",
+            "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
+        ];
+        return Ok(if endpoints.into_iter().any(set) {
+            Otlp::On
+        } else {
+            Otlp::Off
+        });
+    }
+    if said.value.contains("://") {
+        return Ok(Otlp::To(said.value.clone()));
+    }
+    match said.boolean() {
+        Ok(true) => Ok(Otlp::On),
+        Ok(false) => Ok(Otlp::Off),
+        Err(_) => {
+            Err(said.wrong("must be true, false, auto, or a URL such as http://localhost:4317"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

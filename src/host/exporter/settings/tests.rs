@@ -1,0 +1,270 @@
+use std::collections::HashMap;
+
+use super::super::args;
+use super::*;
+
+fn read(arguments: &[&str], variables: &[(&str, &str)]) -> Result<Settings, ConfigError> {
+    let program = ["conntrack-exporter"].iter().chain(arguments);
+    let flags = args::parse(program.map(OsString::from).collect()).unwrap();
+    let variables: HashMap<_, _> = variables.iter().copied().collect();
+    Settings::read(&flags, &|name| variables.get(name).map(OsString::from))
+}
+
+/// A file of its own for each test.
+struct File(PathBuf);
+
+impl File {
+    fn new(test: &str, text: &str) -> Self {
+        let name = format!("conntrack-exporter-{}-{test}.conf", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        std::fs::write(&path, text).unwrap();
+        Self(path)
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+}
+
+impl Drop for File {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+#[test]
+fn the_defaults_are_the_seeds() {
+    let settings = read(&[], &[]).unwrap();
+    assert!(!settings.simple && settings.ipv6 && settings.ports.is_all());
+    assert_eq!(settings.listen.to_string(), "127.0.0.1:9690");
+    assert_eq!(settings.duration, Duration::from_secs(6));
+    assert_eq!(settings.period, Duration::from_secs(1));
+    assert_eq!(settings.otlp, Otlp::Off);
+    assert!(
+        settings
+            .said
+            .iter()
+            .all(|said| said.origin == Origin::Default)
+    );
+}
+
+/// Every setting: the flag before the variable, that before the file, that before the default.
+#[test]
+fn a_flag_goes_before_the_environment_and_that_before_the_file() {
+    let values = [
+        ("simple", ["true", "0", "T"]),
+        ("tcpv6", ["false", "1", "F"]),
+        ("port", ["1", "2", "3"]),
+        ("listen", ["11", "12", "13"]),
+        ("duration", ["1", "2", "3"]),
+        ("period", ["2", "3", "4"]),
+        ("group-by", ["cgroup", "subnet/1/2", "none"]),
+        ("proc-root", ["/proc", "/", "/tmp"]),
+        ("otlp", ["false", "true", "http://x:1"]),
+    ];
+    assert_eq!(values.len(), SETTINGS.len());
+    for (name, [in_file, in_variable, in_flag]) in values {
+        let file = File::new(
+            &format!("order-{name}"),
+            &format!("# x\n{name} {in_file}\n"),
+        );
+        let variable = name.to_uppercase().replace('-', "_");
+        let flag = format!("--{name}={in_flag}");
+        let (config, variables) = (["--conf", file.path()], [(&*variable, in_variable)]);
+        let origin = |settings: Settings| {
+            let said = settings.of(name).unwrap().clone();
+            (said.value, said.origin.to_string())
+        };
+        let said = |arguments: &[&str], variables: &[(&str, &str)]| {
+            origin(read(arguments, variables).unwrap())
+        };
+        let from_file = (in_file.to_owned(), format!("{}:2", file.path()));
+        let from_variable = (
+            in_variable.to_owned(),
+            format!("environment variable {variable}"),
+        );
+        let from_flag = (in_flag.to_owned(), format!("flag --{name}"));
+        assert_eq!(said(&config, &[]), from_file);
+        assert_eq!(said(&[], &[("CONFIG", file.path())]), from_file);
+        assert_eq!(said(&config, &variables), from_variable);
+        let all = [config[0], config[1], &flag];
+        assert_eq!(said(&all, &variables), from_flag);
+        assert_eq!(said(&[&flag], &variables), from_flag);
+        // One that is empty is not set.
+        assert_eq!(said(&config, &[(&variable, "")]), from_file);
+    }
+}
+
+#[test]
+fn the_flag_names_the_file_before_the_variable() {
+    let (one, two) = (
+        File::new("one", "duration 1"),
+        File::new("two", "duration 2"),
+    );
+    let settings = read(&["--config", one.path()], &[("CONFIG", two.path())]).unwrap();
+    assert_eq!(settings.duration, Duration::from_secs(1));
+    let (path, origin) = settings.config.unwrap();
+    assert_eq!(
+        (path, origin.to_string()),
+        (one.0.clone(), "flag --config".to_owned())
+    );
+}
+
+#[test]
+fn what_can_not_be_used_is_named_with_its_place_and_the_way_out() {
+    let file = File::new("wrong", "\nduration six");
+    let otlp_environment = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://x");
+    for (arguments, variables, setting, help) in [
+        (
+            &["--simple=maybe"][..],
+            &[][..],
+            "simple (flag --simple)",
+            "true or false",
+        ),
+        (&["--tcpv6="], &[], "tcpv6 (flag --tcpv6)", "true or false"),
+        (
+            &[],
+            &[("SIMPLE", "yes")],
+            "simple (environment variable SIMPLE)",
+            "true or false",
+        ),
+        (
+            &["--port", "65536"],
+            &[],
+            "port (flag --port)",
+            "1 to 65535",
+        ),
+        (
+            &["--port", "443", "--port", "x y"],
+            &[],
+            "port (flag --port)",
+            "/etc/services",
+        ),
+        (
+            &[],
+            &[("PORT", "0")],
+            "port (environment variable PORT)",
+            "-1 means all",
+        ),
+        (&["--port", "9690"], &[], "port (flag --port)", "own port"),
+        (
+            &["--listen", "65536"],
+            &[],
+            "listen (flag --listen)",
+            "out of range",
+        ),
+        (
+            &["--listen", "-1"],
+            &[],
+            "listen (flag --listen)",
+            "out of range",
+        ),
+        (
+            &["--listen", ":9690"],
+            &[],
+            "listen (flag --listen)",
+            "0.0.0.0:9690",
+        ),
+        (
+            &["--listen", "example.org:9690"],
+            &[],
+            "listen (flag --listen)",
+            "0.0.0.0:9690",
+        ),
+        (
+            &["--duration", "-1"],
+            &[],
+            "duration (flag --duration)",
+            "whole seconds",
+        ),
+        (
+            &["--duration", "6s"],
+            &[],
+            "duration (flag --duration)",
+            "whole seconds",
+        ),
+        (
+            &["--duration", "99999999999999999999"],
+            &[],
+            "duration (flag --duration)",
+            "ten years",
+        ),
+        (&["--period", "0"], &[], "period (flag --period)", "0.1"),
+        (&["--period", "NaN"], &[], "period (flag --period)", "0.1"),
+        (
+            &["--group-by", "subnet/33"],
+            &[],
+            "group-by (flag --group-by)",
+            "subnet/24",
+        ),
+        (
+            &["--group-by", "cgroup", "--proc-root", "/proc"],
+            &[],
+            "group-by (flag --group-by)",
+            "netlink",
+        ),
+        (
+            &["--proc-root", "/nothing"],
+            &[],
+            "proc-root (flag --proc-root)",
+            "no such directory",
+        ),
+        (
+            &["--otlp=maybe"],
+            &[otlp_environment],
+            "otlp (flag --otlp)",
+            "URL",
+        ),
+        (
+            &["--conf", file.path()],
+            &[],
+            &format!("duration ({}:2)", file.path()),
+            "whole seconds",
+        ),
+        (
+            &["--conf", "/nothing"],
+            &[],
+            "config (flag --config)",
+            "can't be read",
+        ),
+        (
+            &[],
+            &[("CONFIG", "/nothing")],
+            "config (environment variable CONFIG)",
+            "can't be read",
+        ),
+    ] {
+        let error = read(arguments, variables).unwrap_err();
+        assert_eq!(error.setting(), setting, "{error}");
+        assert!(error.to_string().contains(help), "{error}");
+    }
+}
+
+#[test]
+fn go_style_booleans_addresses_and_otlp_are_read() {
+    for (value, expected) in [
+        ("1", true),
+        ("t", true),
+        ("True", true),
+        ("0", false),
+        ("F", false),
+    ] {
+        let settings = read(&[&format!("--simple={value}")], &[]).unwrap();
+        assert_eq!(settings.simple, expected);
+    }
+    for (value, expected) in [
+        ("0", "127.0.0.1:0"),
+        ("localhost:80", "127.0.0.1:80"),
+        ("0.0.0.0:9690", "0.0.0.0:9690"),
+        ("[::]:1", "[::]:1"),
+    ] {
+        let settings = read(&["--listen", value], &[]).unwrap();
+        assert_eq!(settings.listen.to_string(), expected);
+    }
+    let endpoint = [("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "http://x:1")];
+    assert_eq!(read(&[], &endpoint).unwrap().otlp, Otlp::On);
+    assert_eq!(read(&["--otlp=false"], &endpoint).unwrap().otlp, Otlp::Off);
+    assert_eq!(read(&["--otlp"], &[]).unwrap().otlp, Otlp::On);
+    let to = Otlp::To("http://x:1".to_owned());
+    assert_eq!(read(&["--otlp=http://x:1"], &[]).unwrap().otlp, to);
+}

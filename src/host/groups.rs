@@ -1,0 +1,190 @@
+//! What connections are counted by: direction, family, port, and a further label where asked for.
+//!
+//! Ports and peers are learned, so there is a bound: beyond it a socket is counted in the `_other` of
+//! its direction and family, where it stays. A group that nobody is in gives its place away.
+
+use std::collections::HashMap;
+
+use crate::event::Direction;
+
+/// The version of IP that goes over the wire.
+///
+/// An IPv6 socket with an IPv4-mapped address (`::ffff:192.0.2.1`), as a server on `[::]` has for its
+/// IPv4 clients, counts as IPv4, though it stands in `/proc/net/tcp6`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
+#[non_exhaustive]
+pub enum IpVersion {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl IpVersion {
+    /// As semantic conventions have it: `ipv4` or `ipv6`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::V4 => "ipv4",
+            Self::V6 => "ipv6",
+        }
+    }
+
+    /// As tcp_established_exporter has it: `4` or `6`.
+    pub const fn digit(self) -> &'static str {
+        match self {
+            Self::V4 => "4",
+            Self::V6 => "6",
+        }
+    }
+}
+
+/// What a socket is counted by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct GroupKey {
+    pub(super) direction: Direction,
+    pub(super) ip: IpVersion,
+    /// None beyond the bound.
+    pub(super) port: Option<u16>,
+    pub(super) label: Label,
+}
+
+/// What else it is counted by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum Label {
+    None,
+    /// The peer's network: its address with what is beyond the prefix taken away.
+    Subnet([u8; 16], u8),
+    /// The cgroup of the process that made the socket, by its number; zero where the kernel told none.
+    Cgroup(u64),
+    /// Beyond the bound.
+    Other,
+}
+
+/// A group's number: 2 bytes for each socket instead of a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Group(u16);
+
+impl Group {
+    pub(super) fn index(self) -> usize {
+        self.0.into()
+    }
+}
+
+/// The groups there are.
+#[derive(Debug)]
+pub(super) struct Groups {
+    list: Vec<(GroupKey, u32)>,
+    numbers: HashMap<GroupKey, Group>,
+    free: Vec<Group>,
+    limit: usize,
+}
+
+impl Groups {
+    /// At most this many, and the four `_other` besides.
+    pub(super) fn new(limit: usize) -> Self {
+        Self {
+            list: Vec::new(),
+            numbers: HashMap::new(),
+            free: Vec::new(),
+            limit: limit.min(usize::from(u16::MAX) - 8),
+        }
+    }
+
+    /// The group of this key, or the `_other` of its direction and family.
+    pub(super) fn of(&mut self, key: GroupKey) -> Group {
+        if let Some(group) = self.numbers.get(&key) {
+            return *group;
+        }
+        if self.numbers.len() < self.limit || key.port.is_none() {
+            return self.add(key);
+        }
+        self.of(GroupKey {
+            port: None,
+            label: match key.label {
+                Label::None => Label::None,
+                _ => Label::Other,
+            },
+            ..key
+        })
+    }
+
+    fn add(&mut self, key: GroupKey) -> Group {
+        let group = match self.free.pop() {
+            Some(group) => {
+                self.list[group.index()] = (key, 0);
+                group
+            }
+            None => {
+                self.list.push((key, 0));
+                Group((self.list.len() - 1) as u16)
+            }
+        };
+        self.numbers.insert(key, group);
+        group
+    }
+
+    pub(super) fn joins(&mut self, group: Group) {
+        self.list[group.index()].1 += 1;
+    }
+
+    pub(super) fn leaves(&mut self, group: Group) {
+        let (key, members) = &mut self.list[group.index()];
+        *members -= 1;
+        if *members == 0 {
+            self.numbers.remove(key);
+            self.free.push(group);
+        }
+    }
+
+    /// How many numbers have been given out; some may be free.
+    pub(super) const fn numbers(&self) -> usize {
+        self.list.len()
+    }
+
+    pub(super) fn key(&self, group: usize) -> GroupKey {
+        self.list[group].0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(port: u16) -> GroupKey {
+        GroupKey {
+            direction: Direction::Inbound,
+            ip: IpVersion::V4,
+            port: Some(port),
+            label: Label::Cgroup(port.into()),
+        }
+    }
+
+    #[test]
+    fn beyond_the_bound_is_other_and_a_place_that_is_left_is_given_again() {
+        let mut groups = Groups::new(2);
+        let join = |groups: &mut Groups, port| {
+            let group = groups.of(key(port));
+            groups.joins(group);
+            group
+        };
+        let one = join(&mut groups, 1);
+        assert_eq!(one, join(&mut groups, 1));
+        join(&mut groups, 2);
+        let other = join(&mut groups, 3);
+        assert_eq!(other, join(&mut groups, 4));
+        assert_eq!(groups.key(other.index()).port, None);
+        assert_eq!(groups.key(other.index()).label, Label::Other);
+        groups.leaves(one);
+        assert_eq!(one, join(&mut groups, 1));
+        groups.leaves(one);
+        groups.leaves(one);
+        groups.leaves(other);
+        groups.leaves(other);
+        // Both are free: the bound counts what is there.
+        let five = join(&mut groups, 5);
+        assert_eq!(groups.key(five.index()), key(5));
+        assert_eq!(groups.numbers(), 3);
+    }
+}

@@ -1,0 +1,585 @@
+//! `conntrack-exporter` as people run it: the real program, real connections, real scrapes, and the bugs
+//! of tcp_established_exporter that it must not have.
+#![allow(
+    clippy::unwrap_used,
+    unreachable_pub,
+    reason = "a test may panic, in its helpers too"
+)]
+#![cfg(all(feature = "exporter", target_os = "linux"))]
+
+mod support;
+
+#[path = "support/alone.rs"]
+mod alone;
+#[path = "exporter_program/program.rs"]
+mod program;
+
+use std::net::{TcpListener, TcpStream};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use program::{BOUND, Exporter, File, Scrape, Server, ended, request};
+use support::receiver::Receiver;
+
+const LONGTERM: &str = "netstat_tcp_longterm_connections_total";
+
+fn longterm(scrape: &Scrape, port: &str, version: &str) -> Option<f64> {
+    scrape.value(LONGTERM, &[("port", port), ("tcp_version", version)])
+}
+
+// === metrics ===
+
+/// Bugs 1 and 4 of the seed: IPv6 was told as IPv4; and it counted polls.
+#[test]
+fn long_lived_connections_are_told_by_port_and_version_once_they_are_long() {
+    let four = Server::start("127.0.0.1:0", 3).unwrap();
+    let six = Server::start("[::1]:0", 2);
+    let exporter = Exporter::start(&["--duration", "1", "--period", "0.1"]);
+    let begun = Instant::now();
+    exporter.until("three of IPv4", |scrape| {
+        let value = longterm(scrape, &four.port(), "4").unwrap();
+        // From its first scan on, which was before it listened.
+        assert!(
+            value == 0.0 || begun.elapsed() > Duration::from_millis(500),
+            "{value}"
+        );
+        (value == 3.0).then_some(())
+    });
+    match &six {
+        Some(six) => exporter.until("two of IPv6", |scrape| {
+            assert_eq!(longterm(scrape, &six.port(), "4"), Some(0.0));
+            (longterm(scrape, &six.port(), "6") == Some(2.0)).then_some(())
+        }),
+        None => eprintln!("this host has no IPv6"),
+    }
+    let scrape = exporter.scrape();
+    // Exactly these labels.
+    for (labels, _) in scrape.series(LONGTERM) {
+        assert_eq!(labels.keys().collect::<Vec<_>>(), ["port", "tcp_version"]);
+    }
+    assert!(scrape.0.contains(&format!("# TYPE {LONGTERM} gauge")));
+    let labels = [
+        ("conntrack_direction", "inbound"),
+        ("conntrack_host_port", &four.port()),
+        ("network_type", "ipv4"),
+    ];
+    let both = [
+        "conntrack_host_connections",
+        "conntrack_host_longterm_connections",
+    ];
+    assert_eq!(both.map(|name| scrape.value(name, &labels)), [Some(3.0); 2]);
+    // Its own scrapes are nowhere.
+    let own = exporter.address.port().to_string();
+    assert!(!scrape.0.contains(&format!("\"{own}\"")), "{}", scrape.0);
+}
+
+#[test]
+fn simple_is_one_gauge_without_labels_for_the_ports_that_were_asked_for() {
+    let (one, two) = (
+        Server::start("127.0.0.1:0", 2),
+        Server::start("127.0.0.1:0", 3),
+    );
+    let (one, two) = (one.unwrap(), two.unwrap());
+    let other = Server::start("127.0.0.1:0", 4).unwrap();
+    let ports = format!("{},{}", one.port(), two.port());
+    let exporter = Exporter::start(&["--simple", "--port", &ports, "--duration", "0"]);
+    let scrape = exporter.scrape();
+    assert_eq!(scrape.series(LONGTERM), [(Default::default(), 5.0)]);
+    assert!(!scrape.0.contains(&format!("\"{}\"", other.port())));
+    // What ss says of them.
+    let count = |port: &str| {
+        let ss = Command::new("ss")
+            .args(["-Htn", "state", "established", &format!("sport = :{port}")])
+            .output();
+        ss.ok()
+            .map(|ss| String::from_utf8_lossy(&ss.stdout).lines().count())
+    };
+    match count(&one.port()).zip(count(&two.port())) {
+        Some((one, two)) => assert_eq!(one + two, 5),
+        None => eprintln!("ss is not there, so it was not asked"),
+    }
+}
+
+/// Bug 7 of the seed: each ephemeral port was a series, and none ever went away.
+#[test]
+fn ports_that_come_and_go_leave_nothing_behind() {
+    let mut server = Server::start("127.0.0.1:0", 20).unwrap();
+    let port = server.port();
+    let exporter = Exporter::start(&["--duration", "0", "--period", "0.1"]);
+    let scrape = exporter.scrape();
+    assert_eq!(longterm(&scrape, &port, "4"), Some(20.0));
+    for (client, _) in &server.ends {
+        let ephemeral = format!("\"{}\"", client.local_addr().unwrap().port());
+        assert!(!scrape.0.contains(&ephemeral), "{ephemeral} is a label");
+    }
+    for _ in 0..5 {
+        server.ends.clear();
+        exporter.until("zero", |scrape| {
+            (longterm(scrape, &port, "4") == Some(0.0)).then_some(())
+        });
+        (0..7).for_each(|_| server.connect());
+        exporter.until("seven", |scrape| {
+            (longterm(scrape, &port, "4") == Some(7.0)).then_some(())
+        });
+    }
+    drop(server);
+    exporter.until("no series", |scrape| {
+        (!scrape.0.contains(&format!("\"{port}\""))).then_some(())
+    });
+}
+
+/// An idle WebSocket is a connection that says nothing for long.
+#[test]
+fn a_connection_that_was_upgraded_and_is_silent_is_there_all_the_time() {
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = server.local_addr().unwrap().port().to_string();
+    let url = format!("ws://{}/", server.local_addr().unwrap());
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let _sockets = runtime.block_on(async {
+        server.set_nonblocking(true).unwrap();
+        let server = tokio::net::TcpListener::from_std(server).unwrap();
+        let client = async {
+            let stream = tokio::net::TcpStream::connect(
+                url.strip_prefix("ws://").unwrap().trim_end_matches('/'),
+            );
+            tokio_tungstenite::client_async(&*url, stream.await.unwrap())
+                .await
+                .unwrap()
+        };
+        let accept = async {
+            let (stream, _) = server.accept().await.unwrap();
+            tokio_tungstenite::accept_async(stream).await.unwrap()
+        };
+        let ends = tokio::join!(client, accept);
+        (server, ends)
+    });
+    let exporter = Exporter::start(&["--port", &port, "--duration", "1", "--period", "0.1"]);
+    exporter.until("a user", |scrape| {
+        (longterm(scrape, &port, "4") == Some(1.0)).then_some(())
+    });
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_millis(500) {
+        assert_eq!(longterm(&exporter.scrape(), &port, "4"), Some(1.0));
+    }
+}
+
+#[test]
+fn states_queues_ages_and_the_kernels_counts_are_told() {
+    let server = Server::start("127.0.0.1:0", 2).unwrap();
+    let waiting = TcpStream::connect(server.listener.local_addr().unwrap()).unwrap();
+    let port = server.port();
+    let by = ["--port", &port, "--group-by", "subnet/8"];
+    let exporter = Exporter::start(&by);
+    let scrape = exporter.scrape();
+    let of_port = [("conntrack_host_port", &*port)];
+    let length = scrape.value("conntrack_host_accept_queue_length", &of_port);
+    assert_eq!(length, Some(1.0), "{}", scrape.0);
+    assert!(scrape.value("conntrack_host_accept_queue_limit", &of_port) >= Some(1.0));
+    let state = |state| {
+        let labels = [
+            ("network_connection_state", state),
+            ("network_transport", "tcp"),
+            ("network_type", "ipv4"),
+        ];
+        scrape.value("system_network_connection_count", &labels)
+    };
+    assert_eq!(
+        (state("established"), state("listen")),
+        (Some(3.0), Some(1.0))
+    );
+    let group = [("conntrack_host_group", "127.0.0.0/8")];
+    assert_eq!(
+        scrape.value("conntrack_host_connections", &group),
+        Some(3.0)
+    );
+    // A histogram, as far as Prometheus goes.
+    let age = "conntrack_host_connection_age_seconds";
+    assert_eq!(scrape.value(&format!("{age}_count"), &[]), Some(3.0));
+    assert_eq!(
+        scrape.value(&format!("{age}_bucket"), &[("le", "+Inf")]),
+        Some(3.0)
+    );
+    assert_eq!(
+        scrape.value(&format!("{age}_bucket"), &[("le", "3600")]),
+        Some(3.0)
+    );
+    assert!(scrape.0.contains(&format!("# TYPE {age} histogram")));
+    for name in [
+        "conntrack_host_tcp_retransmits_total",
+        "conntrack_host_tcp_segments_sent_total",
+    ] {
+        assert!(scrape.value(name, &[]).is_some(), "{name}: {}", scrape.0);
+    }
+    let whole = [("conntrack_host_scan_result", "whole")];
+    assert!(scrape.value("conntrack_host_scans_total", &whole) >= Some(1.0));
+    drop(waiting);
+}
+
+#[test]
+fn metrics_go_out_by_otlp_and_that_connection_is_left_out() {
+    let receiver = Receiver::start_on_own_thread();
+    let server = Server::start("127.0.0.1:0", 2).unwrap();
+    let port = server.port();
+    let endpoint = receiver.grpc_endpoint();
+    let variables = [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", &*endpoint),
+        ("OTEL_METRIC_EXPORT_INTERVAL", "100"),
+        ("LISTEN", "0"),
+        ("DURATION", "0"),
+        ("PERIOD", "0.1"),
+    ];
+    let exporter = Exporter::start_with(&[], &variables);
+    let store = receiver.wait_for_blocking("long-term connections", BOUND, |store| {
+        let points = store.latest("conntrack.host.longterm_connections");
+        points.iter().any(|point| {
+            point
+                .attributes
+                .get("conntrack.host.port")
+                .and_then(|port| port.as_str())
+                == Some(&port)
+                && point.attributes["conntrack.direction"].as_str() == Some("inbound")
+                && point.value.as_i64() == Some(2)
+        })
+    });
+    assert!(
+        store
+            .metric_names()
+            .contains("conntrack.host.connection.age")
+    );
+    assert!(
+        store
+            .metric_names()
+            .contains("system.network.connection.count")
+    );
+    // The way to the receiver: its own end is ours, so nobody is outbound there. The receiver's end is
+    // another program's business.
+    let to = receiver.grpc_addr().port().to_string();
+    let labels = [
+        ("conntrack_direction", "outbound"),
+        ("conntrack_host_port", &*to),
+    ];
+    for _ in 0..5 {
+        let scrape = exporter.scrape();
+        assert_eq!(scrape.value("conntrack_host_connections", &labels), None);
+    }
+    exporter.signal("TERM");
+    let (status, said) = exporter.wait();
+    assert!(status.success(), "{said}");
+    assert!(!said.contains("not sent"), "{said}");
+}
+
+/// Bug 2 and 6 of the seed: a look waited for name servers; and two threads shared a map.
+#[test]
+fn many_scrapers_at_once_all_get_whole_answers() {
+    let server = Server::start("127.0.0.1:0", 10).unwrap();
+    let port = server.port();
+    let exporter = Exporter::start(&["--duration", "0", "--period", "0.1", "--port", &port]);
+    let (address, port) = (exporter.address, &port);
+    std::thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(move || {
+                for _ in 0..20 {
+                    let (status, _, text) = request(address, "GET /metrics HTTP/1.1");
+                    assert_eq!(status, 200);
+                    assert_eq!(longterm(&Scrape(text), port, "4"), Some(10.0));
+                }
+            });
+        }
+    });
+    // It is asked for nothing but the table: no socket but the listener is left.
+    exporter.until("no socket of its own", |_| {
+        let files = std::fs::read_dir(format!("/proc/{}/fd", exporter.id())).unwrap();
+        let targets = files
+            .flatten()
+            .filter_map(|file| std::fs::read_link(file.path()).ok());
+        let sockets = targets
+            .filter(|to| to.to_string_lossy().starts_with("socket:"))
+            .count();
+        // Netlink, the listener, the pair for signals, and this scrape that may not be closed yet.
+        (sockets <= 5).then_some(())
+    });
+}
+
+// === pages ===
+
+#[test]
+fn the_page_has_every_setting_its_origin_and_no_markup_of_others() {
+    let file = File::new("<b>&'.conf", "# ours\nport 1-65535\nduration=7\nsimple\n");
+    let listen = ("LISTEN", "127.0.0.1:0");
+    let arguments = ["--conf", file.path(), "--duration", "8"];
+    let exporter = Exporter::start_with(&arguments, &[listen, ("SIMPLE", "false")]);
+    let (status, head, page) = exporter.get("/");
+    assert_eq!(status, 200);
+    assert!(head.contains("text/html"), "{head}");
+    let row = |name: &str| {
+        let begin = format!("<tr><td>{name}</td>");
+        let line = page.lines().find(|line| line.starts_with(&begin)).unwrap();
+        line.replace("<tr>", "")
+            .replace("</tr>", "")
+            .replace("<td>", "|")
+            .replace("</td>", "")
+    };
+    let path = file
+        .path()
+        .replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;");
+    let path = path.replace('\'', "&#39;");
+    assert_eq!(row("duration"), "|duration|8||flag --duration");
+    assert_eq!(row("simple"), "|simple|false||environment variable SIMPLE");
+    assert_eq!(row("port"), format!("|port|1-65535|1-65535|{path}:2"));
+    assert_eq!(row("tcpv6"), "|tcpv6|true||default");
+    assert_eq!(row("config"), format!("|config|{path}||flag --config"));
+    assert_eq!(
+        row("listen"),
+        format!(
+            "|listen|127.0.0.1:0|{}|environment variable LISTEN",
+            exporter.address
+        )
+    );
+    assert!(!page.contains("<b>"), "{page}");
+    let (status, _, text) = exporter.get("/-/healthy");
+    assert_eq!((status, &*text), (200, "healthy\n"));
+    assert_eq!(exporter.get("/nothing").0, 404);
+    let (status, head, _) = request(exporter.address, "POST /metrics HTTP/1.1");
+    assert!(
+        status == 405 && head.to_lowercase().contains("allow: get, head"),
+        "{head}"
+    );
+    let (status, _, body) = request(exporter.address, "HEAD /metrics HTTP/1.1");
+    assert_eq!((status, &*body), (200, ""));
+}
+
+/// Bug 5 of the seed: a read that failed set everything to 0, with no word of why.
+#[test]
+fn a_table_that_goes_away_is_told_and_its_numbers_stay() {
+    let root = std::env::temp_dir().join(format!("conntrack-exporter-proc-{}", std::process::id()));
+    let table = root.join("net/tcp");
+    let text = "heading\n\
+        0: 0100007F:0050 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 1\n\
+        1: 0100007F:0050 0100007F:03E8 01 00000000:00000000 00:00000000 00000000 0 0 2\n\
+        2: no such line\n";
+    std::fs::create_dir_all(table.parent().unwrap()).unwrap();
+    std::fs::write(&table, text).unwrap();
+    let root_text = root.to_str().unwrap();
+    let exporter = Exporter::start(&[
+        "--proc-root",
+        root_text,
+        "--period",
+        "0.1",
+        "--duration",
+        "0",
+    ]);
+    let malformed = [("conntrack_dropped_item", "malformed_row")];
+    let scrape = exporter.scrape();
+    assert!(scrape.value("conntrack_host_dropped_total", &malformed) >= Some(1.0));
+    std::fs::remove_file(&table).unwrap();
+    let failed = [("conntrack_host_scan_result", "failed")];
+    exporter.until("a sick one", |scrape| {
+        assert_eq!(longterm(scrape, "80", "4"), Some(1.0));
+        let (status, _, why) = exporter.get("/-/healthy");
+        let is_sick = status == 503 && why.contains("net/tcp");
+        assert!(is_sick || status == 200, "{status} {why}");
+        let failed = scrape.value("conntrack_host_scans_total", &failed);
+        (is_sick && failed > Some(1.0)).then_some(())
+    });
+    assert!(exporter.get("/").2.contains("The last scan failed"));
+    std::fs::write(&table, text).unwrap();
+    exporter.until("a healthy one", |_| {
+        (exporter.get("/-/healthy").0 == 200).then_some(())
+    });
+    exporter.signal("TERM");
+    let (status, said) = exporter.wait();
+    assert!(
+        status.success() && said.contains("the table can't be read"),
+        "{said}"
+    );
+    std::fs::remove_dir_all(root).unwrap();
+}
+
+// === beginning and end ===
+
+/// Bug 8 of the seed: the port was another than it said, and `--conf` was no flag.
+#[test]
+fn the_default_is_9690_on_the_loopback_and_help_says_so() {
+    let help = ended(&["--help"], &[]);
+    let text = String::from_utf8(help.stdout).unwrap();
+    assert!(help.status.success());
+    for word in [
+        "[default: 9690] [env: LISTEN]",
+        "--conf",
+        "--simple",
+        "127.0.0.1",
+        "[env: GROUP_BY]",
+    ] {
+        assert!(text.contains(word), "{word} is not in {text}");
+    }
+}
+
+/// Bug 9 of the seed: it ended silently, with 0.
+#[test]
+fn an_address_in_use_is_an_error_that_says_so() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    for (arguments, variables, origin) in [
+        (&["--listen", &*address][..], &[][..], "flag --listen"),
+        (&[], &[("LISTEN", &*address)], "environment variable LISTEN"),
+    ] {
+        let output = ended(arguments, variables);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        for word in [origin, &*address, "in use", "give another"] {
+            assert!(said.contains(word), "{said}");
+        }
+    }
+    // An address that is not this host's.
+    let output = ended(&["--listen", "192.0.2.1:1"], &[]);
+    assert_eq!(output.status.code(), Some(1));
+}
+
+#[test]
+fn what_is_not_understood_is_exit_code_2_and_named() {
+    let file = File::new("unknown.conf", "simple\nnothing 1\n");
+    let in_file = format!("{}:2", file.path());
+    for (arguments, variables, words) in [
+        (&["--nothing"][..], &[][..], ["--nothing", "Usage"]),
+        (
+            &["--simple=2"],
+            &[],
+            ["simple (flag --simple)", "true or false"],
+        ),
+        (
+            &["--port", "70000"],
+            &[],
+            ["port (flag --port)", "1 to 65535"],
+        ),
+        (
+            &[],
+            &[("PORT", "x y")],
+            ["environment variable PORT", "/etc/services"],
+        ),
+        (
+            &[],
+            &[("DURATION", "soon")],
+            ["environment variable DURATION", "whole seconds"],
+        ),
+        (
+            &["--config", file.path()],
+            &[],
+            [&in_file, "no such setting"],
+        ),
+        (
+            &["--config", "/nothing"],
+            &[],
+            ["flag --config", "/nothing"],
+        ),
+        (&["--otlp=ftp://x"], &[], ["otlp", "http"]),
+        (
+            &["--otlp"],
+            &[("OTEL_METRIC_EXPORT_INTERVAL", "x")],
+            ["OTEL_METRIC_EXPORT_INTERVAL", "x"],
+        ),
+    ] {
+        let output = ended(arguments, variables);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(
+            output.status.code(),
+            Some(2),
+            "{arguments:?} {variables:?}: {said}"
+        );
+        for word in words {
+            assert!(said.contains(word), "{word} is not in {said}");
+        }
+    }
+}
+
+#[test]
+fn it_stops_when_it_is_told_to_also_while_somebody_is_connected() {
+    for signal in ["TERM", "INT"] {
+        let exporter = Exporter::start(&[]);
+        // One that says nothing, and one between two requests.
+        let _silent = TcpStream::connect(exporter.address).unwrap();
+        let mut idle = TcpStream::connect(exporter.address).unwrap();
+        std::io::Write::write_all(&mut idle, b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n")
+            .unwrap();
+        let mut answer = [0; 12];
+        std::io::Read::read_exact(&mut idle, &mut answer).unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 200");
+        exporter.signal(signal);
+        let begun = Instant::now();
+        let address = exporter.address;
+        let (status, said) = exporter.wait();
+        assert!(
+            status.success() && said.ends_with("stopped"),
+            "{status}: {said}"
+        );
+        assert!(begun.elapsed() < Duration::from_secs(10));
+        // The address is free again.
+        drop(TcpListener::bind(address).unwrap());
+    }
+}
+
+#[test]
+fn a_table_for_people_is_printed_once() {
+    let server = Server::start("127.0.0.1:0", 4).unwrap();
+    let port = server.port();
+    let output = ended(&["--once", "--duration", "0", "--port", &port], &[]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{text}");
+    let mut lines = text.lines();
+    let heading: Vec<_> = lines.next().unwrap().split_whitespace().collect();
+    assert_eq!(heading, ["PORT", "IP", "ESTABLISHED", ">=0s", "OLDEST"]);
+    let row: Vec<_> = lines.next().unwrap().split_whitespace().collect();
+    assert_eq!(row, ["in", &port, "ipv4", "4", "4", ">=0s"]);
+    assert!(
+        text.contains("4 established (ipv4)") && text.contains("rows by netlink"),
+        "{text}"
+    );
+    // With a duration it watches for as long.
+    let begun = Instant::now();
+    let output = ended(&["--once", "--duration", "1", "--port", &port], &[]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(begun.elapsed() >= Duration::from_secs(1));
+    let row: Vec<_> = text.lines().nth(1).unwrap().split_whitespace().collect();
+    assert_eq!(row[..5], ["in", &port, "ipv4", "4", "4"]);
+}
+
+#[test]
+fn the_example_of_a_file_is_one() {
+    let file = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/examples/deploy/conntrack-exporter.conf"
+    );
+    let output = ended(&["--once", "--config", file, "--duration", "0"], &[]);
+    assert!(output.status.success(), "{output:?}");
+    // And what is a comment there is a setting too.
+    let text = std::fs::read_to_string(file).unwrap();
+    let is_setting = |line: &&str| {
+        let line = line.strip_prefix("# ").unwrap_or_default();
+        ["simple", "port 443,8080-8090,https", "listen 0.0.0.0:9690"].contains(&line)
+    };
+    let all = text
+        .lines()
+        .filter(is_setting)
+        .map(|line| &line[2..])
+        .collect::<Vec<_>>();
+    assert_eq!(all.len(), 3, "{text}");
+    let file = File::new("all.conf", &all.join("\n"));
+    let output = ended(&["--once", "--conf", file.path(), "--duration", "0"], &[]);
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
+fn documents_come_from_the_program() {
+    let text = |arguments: &[&str]| {
+        let output = ended(arguments, &[]);
+        assert!(output.status.success(), "{arguments:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert!(text(&["--completions", "bash"]).contains("conntrack-exporter"));
+    assert!(text(&["--man"]).contains(".TH"));
+    assert_eq!(
+        text(&["--version"]).trim(),
+        concat!("conntrack-exporter ", env!("CARGO_PKG_VERSION"))
+    );
+}
