@@ -162,8 +162,9 @@ fn key_of(connection: &Connection) -> Option<Key> {
 
 /// Those who have connections that no record has.
 struct Owners {
-    exporters: Vec<Exporter>,
-    /// Where attempts go that are under way: to this port, or to exactly this address.
+    /// With their addresses.
+    exporters: Vec<(Exporter, Vec<SocketAddr>)>,
+    /// Where attempts go that are under way: exactly this address, or where none is known this port.
     ports: HashSet<u16>,
     addresses: HashSet<SocketAddr>,
 }
@@ -171,15 +172,26 @@ struct Owners {
 impl Owners {
     fn of(recorders: &[Recorder], connections: &[Arc<Connection>]) -> Self {
         let mut owners = Self {
-            exporters: recorders.iter().flat_map(Recorder::exporters).collect(),
+            exporters: recorders
+                .iter()
+                .flat_map(Recorder::exporters)
+                .map(|exporter| {
+                    let addresses = exporter.addresses();
+                    (exporter, addresses)
+                })
+                .collect(),
             ports: HashSet::new(),
             addresses: HashSet::new(),
         };
         for connection in connections {
             if connection.state() == ConnectionState::Connecting {
-                let target = connection.target.as_deref();
-                owners.ports.extend(target.and_then(|target| target.port));
-                owners.addresses.extend(connection.addresses_tried());
+                let tried = connection.addresses_tried();
+                if tried.is_empty() {
+                    // A foreign connector does not say.
+                    let target = connection.target.as_deref();
+                    owners.ports.extend(target.and_then(|target| target.port));
+                }
+                owners.addresses.extend(tried);
             }
         }
         owners
@@ -187,7 +199,11 @@ impl Owners {
 
     fn likely(&self, ends: &Tuple) -> Option<LikelyOwner> {
         let Tuple { local, peer } = *ends;
-        if self.exporters.iter().any(|it| it.has(local, peer)) {
+        if self
+            .exporters
+            .iter()
+            .any(|(it, addresses)| it.has(addresses, local, peer))
+        {
             Some(LikelyOwner::Exporter)
         } else if self.ports.contains(&peer.port()) || self.addresses.contains(&peer) {
             Some(LikelyOwner::Attempt)

@@ -50,6 +50,12 @@ pub(super) struct GroupKey {
     pub(super) label: Label,
 }
 
+impl GroupKey {
+    const fn is_ports_other(&self) -> bool {
+        self.port.is_some() && matches!(self.label, Label::Other)
+    }
+}
+
 /// What else it is counted by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Label {
@@ -77,36 +83,45 @@ impl Group {
 pub(super) struct Groups {
     list: Vec<(GroupKey, u32)>,
     numbers: HashMap<GroupKey, Group>,
+    /// How many of them are what is beyond the bound of a port's labels.
+    others: usize,
     free: Vec<Group>,
     limit: usize,
 }
 
 impl Groups {
-    /// At most this many, and the four `_other` besides.
+    /// At most this many, as many ports' `_other` labels, and the four `_other` ports besides.
     pub(super) fn new(limit: usize) -> Self {
         Self {
             list: Vec::new(),
             numbers: HashMap::new(),
+            others: 0,
             free: Vec::new(),
-            limit: limit.min(usize::from(u16::MAX) - 8),
+            limit: limit.min(usize::from(u16::MAX / 2) - 8),
         }
     }
 
-    /// The group of this key, or the `_other` of its direction and family.
+    /// The group of this key. Beyond the bound, that of its port with the label `_other`, so that a
+    /// port's sum stays right whatever it is split by; where there are too many ports, the `_other` of
+    /// its direction and family.
     pub(super) fn of(&mut self, key: GroupKey) -> Group {
         if let Some(group) = self.numbers.get(&key) {
             return *group;
         }
-        if self.numbers.len() < self.limit || key.port.is_none() {
+        let room = if key.is_ports_other() {
+            self.others < self.limit
+        } else {
+            self.numbers.len() - self.others < self.limit
+        };
+        if room || key.port.is_none() {
             return self.add(key);
         }
-        self.of(GroupKey {
-            port: None,
-            label: match key.label {
-                Label::None => Label::None,
-                _ => Label::Other,
+        self.of(match key.label {
+            Label::Subnet(..) | Label::Cgroup(_) => GroupKey {
+                label: Label::Other,
+                ..key
             },
-            ..key
+            Label::None | Label::Other => GroupKey { port: None, ..key },
         })
     }
 
@@ -121,6 +136,7 @@ impl Groups {
                 Group((self.list.len() - 1) as u16)
             }
         };
+        self.others += usize::from(key.is_ports_other());
         self.numbers.insert(key, group);
         group
     }
@@ -133,6 +149,7 @@ impl Groups {
         let (key, members) = &mut self.list[group.index()];
         *members -= 1;
         if *members == 0 {
+            self.others -= usize::from(key.is_ports_other());
             self.numbers.remove(key);
             self.free.push(group);
         }
@@ -172,19 +189,47 @@ mod tests {
         let one = join(&mut groups, 1);
         assert_eq!(one, join(&mut groups, 1));
         join(&mut groups, 2);
-        let other = join(&mut groups, 3);
-        assert_eq!(other, join(&mut groups, 4));
-        assert_eq!(groups.key(other.index()).port, None);
-        assert_eq!(groups.key(other.index()).label, Label::Other);
+        // First a port's labels are too many, then ports are.
+        let thirds = join(&mut groups, 3);
+        let of_third = groups.key(thirds.index());
+        assert_eq!((of_third.port, of_third.label), (Some(3), Label::Other));
+        join(&mut groups, 4);
+        let other = join(&mut groups, 5);
+        assert_eq!(other, join(&mut groups, 6));
+        let of_rest = groups.key(other.index());
+        assert_eq!((of_rest.port, of_rest.label), (None, Label::Other));
         groups.leaves(one);
         assert_eq!(one, join(&mut groups, 1));
-        groups.leaves(one);
-        groups.leaves(one);
-        groups.leaves(other);
-        groups.leaves(other);
-        // Both are free: the bound counts what is there.
-        let five = join(&mut groups, 5);
-        assert_eq!(groups.key(five.index()), key(5));
-        assert_eq!(groups.numbers(), 3);
+        for left in [one, one, thirds, other, other] {
+            groups.leaves(left);
+        }
+        // They are free: the bound counts what is there.
+        let seven = join(&mut groups, 7);
+        assert_eq!(groups.key(seven.index()), key(7));
+        let eight = join(&mut groups, 8);
+        let of_eight = groups.key(eight.index());
+        assert_eq!((of_eight.port, of_eight.label), (Some(8), Label::Other));
+        assert_eq!(groups.numbers(), 5);
+    }
+
+    #[test]
+    fn a_ports_sum_is_the_same_however_many_labels_it_is_split_by() {
+        let mut groups = Groups::new(10);
+        let mut members: HashMap<GroupKey, u64> = HashMap::new();
+        for n in 0..1_000 {
+            let port = 1 + n % 3;
+            let group = groups.of(GroupKey {
+                label: Label::Cgroup(n.into()),
+                ..key(port)
+            });
+            groups.joins(group);
+            *members.entry(groups.key(group.index())).or_default() += 1;
+        }
+        for port in 1..=3 {
+            let of_port = members.iter().filter(|(key, _)| key.port == Some(port));
+            let sum: u64 = of_port.map(|(_, n)| n).sum();
+            assert_eq!(sum, if port == 1 { 334 } else { 333 });
+        }
+        assert!(members.len() <= 13);
     }
 }

@@ -7,7 +7,7 @@
 use std::collections::hash_map::RandomState;
 use std::collections::{BTreeMap, VecDeque};
 use std::hash::{BuildHasher, Hasher};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::time::{Duration, SystemTime};
@@ -64,7 +64,7 @@ pub(crate) struct Recorder(Arc<Inner>);
 static ALL: Mutex<Vec<Weak<Inner>>> = Mutex::new(Vec::new());
 
 /// Whose connections are telemetry's own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(
     not(all(feature = "audit", feature = "otlp", target_os = "linux")),
     allow(dead_code)
@@ -72,20 +72,37 @@ static ALL: Mutex<Vec<Weak<Inner>>> = Mutex::new(Vec::new());
 pub(crate) enum Exporter {
     /// It serves on this address.
     Serves(SocketAddr),
-    /// It sends to this port; of this address, where that is known.
-    Sends(Option<IpAddr>, u16),
+    /// It sends to this host and port.
+    Sends(String, u16),
 }
 
 #[cfg_attr(not(all(feature = "audit", target_os = "linux")), allow(dead_code))]
 impl Exporter {
-    /// Whether a connection with these ends may be its own.
-    pub(crate) fn has(&self, local: SocketAddr, peer: SocketAddr) -> bool {
+    /// Its addresses now; none that are known if the name means nothing. May ask a name server.
+    pub(crate) fn addresses(&self) -> Vec<SocketAddr> {
+        match self {
+            Self::Serves(address) => vec![*address],
+            Self::Sends(host, port) => {
+                let found = (host.as_str(), *port).to_socket_addrs();
+                found.map_or_else(|_| Vec::new(), Iterator::collect)
+            }
+        }
+    }
+
+    /// Whether a connection with these ends is its own, by its addresses. By the port alone it might be
+    /// anybody's.
+    pub(crate) fn has(
+        &self,
+        addresses: &[SocketAddr],
+        local: SocketAddr,
+        peer: SocketAddr,
+    ) -> bool {
         match self {
             Self::Serves(address) => {
                 let any = address.ip().is_unspecified() || address.ip() == local.ip();
                 any && address.port() == local.port()
             }
-            Self::Sends(ip, port) => *port == peer.port() && ip.is_none_or(|ip| ip == peer.ip()),
+            Self::Sends(..) => addresses.contains(&peer),
         }
     }
 }

@@ -60,7 +60,7 @@ attributes! {
     HOST_GROUP = "conntrack.host.group": "the peer's subnet or the socket's cgroup, where asked for; `_other` beyond the bound, `unknown` where the kernel told none";
     HOST_AGE = "le": "at most so old, seconds, as in a histogram of Prometheus: each bound counts those below it too";
     HOST_SCAN_RESULT = "conntrack.host.scan.result": "`whole`, `torn` (something may have been left out) or `failed`";
-    CONNECTION_STATE = "network.connection.state": "the state of TCP: `established`, `close_wait`, `time_wait`, ...";
+    CONNECTION_STATE = "network.connection.state": "the kernel's state of a TCP connection: `established`, `close_wait`, `time_wait`, ...; on spans at that time, like all of `conntrack.tcp` (Linux)";
     HTTP_CONNECTION_STATE = "http.connection.state": "`active` or `idle`; of a listener's connections also `new` and `hijacked`";
     PROTOCOL_VERSION = "network.protocol.version": "`1.0`, `1.1` or `2`, once it is known";
     NETWORK_TRANSPORT = "network.transport": "`tcp` or `unix`";
@@ -71,7 +71,6 @@ attributes! {
     LOCAL_PORT = "network.local.port": "our port, on spans only";
     DNS_QUESTION = "dns.question.name": "the name that was looked up";
     DNS_ANSWERS = "dns.answers": "the addresses found, at most 16";
-    TCP_STATE = "network.connection.state": "the kernel's state of the connection at that time, such as `established` or `close_wait`; this and the others of `conntrack.tcp`: TCP on Linux";
     TCP_RTT = "conntrack.tcp.rtt": "smoothed round-trip time, seconds; not set while nothing was measured";
     TCP_RTT_VARIANCE = "conntrack.tcp.rtt_variance": "how much the round-trip time varies, seconds; likewise";
     TCP_RETRANSMITS = "conntrack.tcp.retransmits": "segments sent again, of the whole connection so far";
@@ -197,7 +196,7 @@ pub const SPANS: &[SpanName] = &[
             CONNECTION_IDLE_TIME,
             CONNECTION_OPEN,
             TIMELINE_DROPPED,
-            TCP_STATE,
+            CONNECTION_STATE,
             TCP_RTT,
             TCP_RTT_VARIANCE,
             TCP_RETRANSMITS,
@@ -240,7 +239,7 @@ pub const SPANS: &[SpanName] = &[
             BYTES_WRITTEN,
             CONNECTION_OPEN,
             CONNECTION_IDLE_TIME,
-            TCP_STATE,
+            CONNECTION_STATE,
             TCP_RTT,
             TCP_RTT_VARIANCE,
             TCP_RETRANSMITS,

@@ -192,7 +192,7 @@ impl Otlp {
             (None, _) => 80,
         };
         let host = uri.host()?.trim_start_matches('[').trim_end_matches(']');
-        Some(Exporter::Sends(host.parse().ok(), port))
+        Some(Exporter::Sends(host.to_owned(), port))
     }
 
     /// The endpoint as it may be shown: without credentials and query.

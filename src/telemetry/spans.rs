@@ -496,7 +496,7 @@ fn tcp(info: &TcpInfo) -> impl Iterator<Item = KeyValue> {
     let seconds = |time: Duration| measured.then_some(Value::F64(time.as_secs_f64()));
     let number = |n: u64| Some(Value::I64(i64::try_from(n).unwrap_or(i64::MAX)));
     [
-        (names::TCP_STATE, Some(info.state.as_str().into())),
+        (names::CONNECTION_STATE, Some(info.state.as_str().into())),
         (names::TCP_RTT, seconds(info.rtt)),
         (names::TCP_RTT_VARIANCE, seconds(info.rtt_variance)),
         (names::TCP_RETRANSMITS, number(info.retransmits.into())),

@@ -76,7 +76,7 @@ fn span_says(span: &SpanData, tcp: &TcpInfo) {
     let number = |n: Option<u64>| n.map(|n| n.to_string());
     let seconds = |time: Duration| Some(time.as_secs_f64().to_string());
     for (key, value) in [
-        (names::TCP_STATE, Some(tcp.state.to_string())),
+        (names::CONNECTION_STATE, Some(tcp.state.to_string())),
         (names::TCP_RTT, seconds(tcp.rtt)),
         (names::TCP_RTT_VARIANCE, seconds(tcp.rtt_variance)),
         (names::TCP_RETRANSMITS, number(Some(tcp.retransmits.into()))),
@@ -213,7 +213,7 @@ async fn a_checkpoint_says_what_the_kernel_says_then() {
         all.iter().filter(|s| s.name == names::CHECKPOINT).count() >= 2
     });
     let checkpoint = seen.iter().find(|span| span.name == names::CHECKPOINT);
-    let state = attribute(checkpoint.unwrap(), names::TCP_STATE);
+    let state = attribute(checkpoint.unwrap(), names::CONNECTION_STATE);
     assert_eq!(state.as_deref(), Some("established"));
     drop(client);
 }

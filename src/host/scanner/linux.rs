@@ -50,10 +50,11 @@ impl Reader {
         feed.begin();
         if let Some(own) = &mut self.own {
             own_sockets(own);
+            own.sort_unstable();
         }
         let own = self.own.take();
         let is_own = |socket: &Socket| {
-            let is = |own: &Vec<u32>| socket.inode != 0 && own.contains(&socket.inode);
+            let is = |own: &Vec<u32>| socket.inode != 0 && own.binary_search(&socket.inode).is_ok();
             own.as_ref().is_some_and(is)
         };
         let mut each = |socket: &Socket| {

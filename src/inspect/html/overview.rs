@@ -227,7 +227,8 @@ fn steps(values: &[u64], most: u64) -> String {
     let mut path = format!("M{left} 18");
     let mut before = None;
     for (at, value) in steps.iter().enumerate() {
-        let y = 18 - (value.saturating_mul(16)).div_ceil(most.max(1));
+        let height = (u128::from(*value) * 16).div_ceil(most.max(1).into());
+        let y = 18 - height;
         if before.replace(y) != Some(y) {
             let _ = write!(path, "H{}V{y}", left + 2 * at);
         }
