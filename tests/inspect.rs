@@ -1,5 +1,4 @@
 //! The live page as curl and programs see it. (What a browser sees is in `inspect_browser`.)
-
 #![allow(clippy::unwrap_used)]
 
 mod support;

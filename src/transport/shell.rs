@@ -28,9 +28,7 @@ use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-use crate::event::{
-    CloseReason, ConnectionId, PoolEvent, PoolEventKind, PoolSnapshot, RequestId, WaitOutcome,
-};
+use crate::event::{CloseReason, PoolEvent, PoolEventKind, PoolSnapshot, RequestId, WaitOutcome};
 use crate::observer::{Composed, Observer, shielded};
 use crate::outbound::dialer::Dialer;
 use crate::record::outbox::Outbox;
@@ -856,7 +854,10 @@ impl PoolSource for Shell {
     }
 
     #[cfg(feature = "inspect")]
-    fn holders_of(&self, id: ConnectionId) -> Vec<crate::record::pool::look::HolderLook> {
+    fn holders_of(
+        &self,
+        id: crate::event::ConnectionId,
+    ) -> Vec<crate::record::pool::look::HolderLook> {
         let now = self.now();
         self.lock().pool.holders_of(id, now)
     }

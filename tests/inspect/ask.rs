@@ -9,15 +9,15 @@ use serde_json::Value;
 
 /// An answer whose body is text.
 #[derive(Debug)]
-pub struct Answer {
-    pub status: u16,
+pub(super) struct Answer {
+    pub(super) status: u16,
     head: String,
-    pub body: String,
+    pub(super) body: String,
 }
 
 impl Answer {
     /// A header that is there once.
-    pub fn header(&self, name: &str) -> Option<&str> {
+    pub(super) fn header(&self, name: &str) -> Option<&str> {
         let mut found = self.head.lines().filter_map(|line| {
             let (given, value) = line.split_once(':')?;
             given.eq_ignore_ascii_case(name).then(|| value.trim())
@@ -27,20 +27,20 @@ impl Answer {
         value
     }
 
-    pub fn json(&self) -> Value {
+    pub(super) fn json(&self) -> Value {
         assert_eq!(self.header("content-type"), Some("application/json"));
         serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {}", self.body))
     }
 
     /// The token of its forms.
-    pub fn token(&self) -> Option<&str> {
+    pub(super) fn token(&self) -> Option<&str> {
         let (_, rest) = self.body.split_once("name=\"token\" value=\"")?;
         rest.split_once('"').map(|(token, _)| token)
     }
 }
 
 /// Sends these bytes, and reads to the end.
-pub fn send(page: SocketAddr, request: &[u8]) -> Answer {
+pub(super) fn send(page: SocketAddr, request: &[u8]) -> Answer {
     let mut stream = TcpStream::connect(page).unwrap();
     stream
         .set_read_timeout(Some(Duration::from_secs(60)))
@@ -59,7 +59,7 @@ pub fn send(page: SocketAddr, request: &[u8]) -> Answer {
 }
 
 /// Asks with these headers beside `Host`.
-pub fn ask(page: SocketAddr, path: &str, headers: &[(&str, &str)]) -> Answer {
+pub(super) fn ask(page: SocketAddr, path: &str, headers: &[(&str, &str)]) -> Answer {
     let mut request = format!("GET {path} HTTP/1.1\r\nhost: {page}\r\nconnection: close\r\n");
     for (name, value) in headers {
         request.push_str(&format!("{name}: {value}\r\n"));
@@ -69,7 +69,7 @@ pub fn ask(page: SocketAddr, path: &str, headers: &[(&str, &str)]) -> Answer {
 }
 
 /// As curl asks.
-pub fn curl(page: SocketAddr, path: &str) -> String {
+pub(super) fn curl(page: SocketAddr, path: &str) -> String {
     let answer = ask(page, path, &[("accept", "*/*"), ("user-agent", "curl/8")]);
     assert_eq!(answer.status, 200, "{path}: {}", answer.body);
     assert_eq!(
@@ -80,7 +80,7 @@ pub fn curl(page: SocketAddr, path: &str) -> String {
 }
 
 /// As a browser asks.
-pub fn html(page: SocketAddr, path: &str) -> Answer {
+pub(super) fn html(page: SocketAddr, path: &str) -> Answer {
     let accept = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8";
     let answer = ask(page, path, &[("accept", accept)]);
     let kind = answer.header("content-type");
@@ -89,14 +89,14 @@ pub fn html(page: SocketAddr, path: &str) -> Answer {
 }
 
 /// As a program asks.
-pub fn json(page: SocketAddr, path: &str) -> Value {
+pub(super) fn json(page: SocketAddr, path: &str) -> Value {
     let answer = ask(page, path, &[("accept", "application/json")]);
     assert_eq!(answer.status, 200, "{path}: {}", answer.body);
     answer.json()
 }
 
 /// A form, sent.
-pub fn post(page: SocketAddr, path: &str, form: &str, headers: &[(&str, &str)]) -> Answer {
+pub(super) fn post(page: SocketAddr, path: &str, form: &str, headers: &[(&str, &str)]) -> Answer {
     let mut request = format!(
         "POST {path} HTTP/1.1\r\nhost: {page}\r\nconnection: close\r\ncontent-length: {}\r\n\
          content-type: application/x-www-form-urlencoded\r\n",
@@ -111,22 +111,22 @@ pub fn post(page: SocketAddr, path: &str, form: &str, headers: &[(&str, &str)]) 
 }
 
 /// A `Conntrack` with a page.
-pub fn paged(inspect: Inspect) -> (Conntrack, SocketAddr) {
+pub(super) fn paged(inspect: Inspect) -> (Conntrack, SocketAddr) {
     paged_by(Conntrack::builder(), inspect)
 }
 
-pub fn paged_by(builder: Builder, inspect: Inspect) -> (Conntrack, SocketAddr) {
+pub(super) fn paged_by(builder: Builder, inspect: Inspect) -> (Conntrack, SocketAddr) {
     let conntrack = builder.inspect(inspect.title("shop")).build().unwrap();
     let page = conntrack.inspect_addr().unwrap();
     (conntrack, page)
 }
 
-pub fn anywhere() -> Inspect {
+pub(super) fn anywhere() -> Inspect {
     Inspect::at("127.0.0.1:0")
 }
 
 /// So many events of an open page.
-pub fn events(page: SocketAddr, path: &str, count: usize) -> String {
+pub(super) fn events(page: SocketAddr, path: &str, count: usize) -> String {
     let mut stream = TcpStream::connect(page).unwrap();
     stream
         .set_read_timeout(Some(Duration::from_secs(60)))

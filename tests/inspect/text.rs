@@ -26,13 +26,13 @@ impl Scene {
         customer.read(300);
         customer.write(20_000);
         for _ in 0..3 {
-            customer.io.record().request_started();
+            customer.request();
         }
         let request = customer.io.record().request_started();
         let silent = accept(conntrack, "http");
         let mut api = dial(conntrack, "backend", http("api.internal"));
         api.io.record().set_protocol(ProtocolVersion::Http2);
-        api.io.record().request_started();
+        api.request();
         api.write(2_048);
         let cache = dial(conntrack, "cache", ("cache.internal", 6379));
         fail(
