@@ -257,7 +257,7 @@ impl Conntrack {
     ///
     /// It costs less than a hundredth of one processor: what it takes is timed, and who asks more often
     /// than that allows waits, or is told to come back (429). While it lives, connections also remember
-    /// since when they are active, and their timelines: see [`Inspect::timelines`].
+    /// since when they are active.
     ///
     /// A page that is open holds its connection for up to 30 s at a time, so a graceful shutdown of the
     /// server that it is mounted in may take as long.

@@ -112,7 +112,7 @@ fn is_kept(name: &str, text: &str) {
 
 #[test]
 fn curl_gets_what_it_got_before() {
-    let (conntrack, page) = paged(anywhere());
+    let (conntrack, page) = paged(anywhere().timelines(true));
     let _scene = Scene::new(&conntrack);
     for (name, path) in [
         ("overview.txt", "/"),
@@ -155,7 +155,7 @@ fn fields(value: &Value, path: &str, found: &mut BTreeSet<String>) {
 
 #[test]
 fn the_json_has_the_fields_that_it_had() {
-    let (conntrack, page) = paged(anywhere());
+    let (conntrack, page) = paged(anywhere().timelines(true));
     let _scene = Scene::new(&conntrack);
     let customer = conntrack.connections()[0].id;
     let mut found = BTreeSet::new();
