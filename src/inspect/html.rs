@@ -9,9 +9,9 @@ mod pools;
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use crate::event::{ConnectionState, Direction, Endpoint};
+use crate::event::{ConnectionState, Direction};
 use crate::inspect::query::{Filter, ROWS, STATES, Sort, text as duration};
-use crate::inspect::text::{bytes, clean, date, facts, maybe, time, tls_version};
+use crate::inspect::text::{bytes, clean, date, end, facts, host, maybe, time, tls_version, way};
 use crate::inspect::view::{Closed, Connections, One, Page, Row, TraceView, View};
 
 const STYLE: &str = include_str!("page.css");
@@ -262,11 +262,11 @@ fn cells(row: &Row, frame: &Frame<'_>) -> Markup {
     };
     html! {
         th scope="row" { a href={ (frame.base) "/connections/" (row.id) } { (row.id) } }
-        td { (match row.direction { Direction::Inbound => "in", Direction::Outbound => "out" }) }
+        td { (way(row)) }
         td.t { (clean(&row.name)) }
-        td.t { (maybe(row.host.as_deref(), |host| clean(host).into_owned())) }
-        td.t { (maybe(row.local.as_ref(), |end| clean(&end.to_string()).into_owned())) }
-        td.t { (maybe(row.peer.as_ref(), |end| clean(&end.to_string()).into_owned())) }
+        td.t { (host(row)) }
+        td.t { (end(row.local.as_ref())) }
+        td.t { (end(row.peer.as_ref())) }
         td { (maybe(row.protocol, str::to_owned)) }
         td { (tls_version(row)) }
         td class=[class] { (row.state) }
@@ -284,15 +284,11 @@ fn one(view: &One, frame: &Frame<'_>) -> Markup {
     let more = facts
         .iter()
         .filter(|(name, _)| !matches!(*name, "trace" | "serves" | "active for"));
-    let end = |end: Option<&Endpoint>| maybe(end, |end| clean(&end.to_string()).into_owned());
     let facts = [
         ("state", row.state.as_str().to_owned()),
         ("direction", row.direction.as_str().to_owned()),
         ("name", clean(&row.name).into_owned()),
-        (
-            "host",
-            maybe(row.host.as_deref(), |host| clean(host).into_owned()),
-        ),
+        ("host", host(row)),
         ("local", end(row.local.as_ref())),
         ("peer", end(row.peer.as_ref())),
         ("protocol", maybe(row.protocol, str::to_owned)),
@@ -371,10 +367,10 @@ fn closed(view: &Closed, frame: &Frame<'_>) -> Markup {
                 tr data-key=(row.id) {
                     td { (date(closed.ended)) }
                     th scope="row" { a href={ (frame.base) "/connections/" (row.id) } { (row.id) } }
-                    td { (match row.direction { Direction::Inbound => "in", Direction::Outbound => "out" }) }
+                    td { (way(row)) }
                     td.t { (clean(&row.name)) }
-                    td.t { (maybe(row.host.as_deref(), |host| clean(host).into_owned())) }
-                    td.t { (maybe(row.peer.as_ref(), |end| clean(&end.to_string()).into_owned())) }
+                    td.t { (host(row)) }
+                    td.t { (end(row.peer.as_ref())) }
                     td class=[closed.failed.then_some("bad")] { (closed.reason) }
                     td { (maybe(closed.by, str::to_owned)) }
                     (td(time(row.age))) (td(row.requests))

@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 use std::fmt::{self, Write as _};
 
-use crate::event::Direction;
+use crate::event::{Direction, Endpoint};
 use crate::inspect::view::{
     Bucket, Closed, Connections, Count, Family, Holder, One, Overview, Page, PoolRow, Pools, Row,
     TraceView, View,
@@ -445,18 +445,11 @@ const ROW: [&str; 17] = [
 fn cells(row: &Row) -> Vec<String> {
     vec![
         row.id.clone(),
-        match row.direction {
-            Direction::Inbound => "in".into(),
-            Direction::Outbound => "out".into(),
-        },
+        way(row).into(),
         clean(&row.name).into_owned(),
-        maybe(row.host.as_deref(), |host| clean(host).into_owned()),
-        maybe(row.local.as_ref(), |end| {
-            clean(&end.to_string()).into_owned()
-        }),
-        maybe(row.peer.as_ref(), |end| {
-            clean(&end.to_string()).into_owned()
-        }),
+        host(row),
+        end(row.local.as_ref()),
+        end(row.peer.as_ref()),
         maybe(row.protocol, str::to_owned),
         tls_version(row),
         row.state.as_str().into(),
@@ -469,6 +462,22 @@ fn cells(row: &Row) -> Vec<String> {
         maybe(row.rtt, time),
         maybe(row.retransmits, |n| n.to_string()),
     ]
+}
+
+/// Which way it goes.
+pub(super) const fn way(row: &Row) -> &'static str {
+    match row.direction {
+        Direction::Inbound => "in",
+        Direction::Outbound => "out",
+    }
+}
+
+pub(super) fn host(row: &Row) -> String {
+    maybe(row.host.as_deref(), |host| clean(host).into_owned())
+}
+
+pub(super) fn end(end: Option<&Endpoint>) -> String {
+    maybe(end, |end| clean(&end.to_string()).into_owned())
 }
 
 pub(super) fn tls_version(row: &Row) -> String {
@@ -647,15 +656,10 @@ fn closed(out: &mut String, view: &Closed) -> fmt::Result {
         table.row([
             date(closed.ended),
             row.id.clone(),
-            match row.direction {
-                Direction::Inbound => "in".into(),
-                Direction::Outbound => "out".into(),
-            },
+            way(row).into(),
             clean(&row.name).into_owned(),
-            maybe(row.host.as_deref(), |host| clean(host).into_owned()),
-            maybe(row.peer.as_ref(), |end| {
-                clean(&end.to_string()).into_owned()
-            }),
+            host(row),
+            end(row.peer.as_ref()),
             closed.reason.into(),
             maybe(closed.by, str::to_owned),
             time(row.age),

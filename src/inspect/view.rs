@@ -16,7 +16,7 @@ use crate::inspect::table::Table;
 use crate::inspect::trend::{self, EVERY, Series};
 use crate::record::pool::look::{HolderLook, KeyLook, WaiterLook};
 use crate::record::pool::{PoolLook, PoolStats};
-use crate::record::stats::{ConnectionSnapshot, Dropped, ScopeStats, Stats};
+use crate::record::stats::{ConnectionSnapshot, Dropped, ScopeStats};
 use crate::record::timeline::Moment;
 use crate::record::{Connection, Recorder};
 
@@ -170,7 +170,9 @@ impl From<Series> for PoolTrend {
 
 impl Overview {
     pub(super) fn take(recorder: &Recorder, trend: &trend::Trend, watched_for: Duration) -> Self {
-        let stats: Stats = recorder.stats();
+        recorder.look();
+        let scopes = recorder.scopes();
+        let scopes: Vec<ScopeStats> = scopes.iter().map(|scope| scope.stats()).collect();
         let listening = recorder.listeners().all();
         let family = |scope: &ScopeStats| {
             let mut doors = listening
@@ -187,11 +189,8 @@ impl Overview {
             Family::new(scope, draining, series.into())
         };
         let of = |direction| {
-            let scopes = stats
-                .scopes
-                .iter()
-                .filter(move |scope| scope.direction == direction);
-            scopes.map(family).collect()
+            let of = scopes.iter().filter(|scope| scope.direction == direction);
+            of.map(family).collect()
         };
         let pools = recorder.live_pools();
         let pools: Vec<_> = pools
@@ -200,12 +199,12 @@ impl Overview {
             .collect();
         Self {
             watched_for: watched_for.as_secs_f64(),
-            open: stats.open(),
+            open: scopes.iter().map(|scope| scope.open).sum(),
             waiting: pools.iter().map(|pool| pool.waiting).sum(),
             listeners: of(Direction::Inbound),
             dialers: of(Direction::Outbound),
             pools,
-            dropped: stats.dropped,
+            dropped: recorder.dropped(),
         }
     }
 }

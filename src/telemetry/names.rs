@@ -352,7 +352,7 @@ pub const REQUESTS: &[f64] = &[
 
 /// Declares metrics: a constant for each, and the table of all.
 macro_rules! metrics {
-    ($( $constant:ident = $name:literal, $instrument:expr, $unit:literal, $description:literal, $attributes:expr; )+) => {
+    ($( #[$meta:meta] )+ $table:ident: $( $constant:ident = $name:literal, $instrument:expr, $unit:literal, $description:literal, $attributes:expr; )+) => {
         $( #[doc = $description] pub const $constant: Metric = Metric {
             name: $name,
             instrument: $instrument,
@@ -361,14 +361,16 @@ macro_rules! metrics {
             attributes: $attributes,
         }; )+
 
-        /// Every metric.
-        pub const METRICS: &[Metric] = &[$( $constant, )+];
+        $( #[$meta] )+
+        pub const $table: &[Metric] = &[$( $constant, )+];
     };
 }
 
 use Instrument::{Counter, Gauge, Histogram, Seconds, UpDownCounter};
 
 metrics! {
+    /// Every metric.
+    METRICS:
     OPEN_CONNECTIONS = "http.client.open_connections", UpDownCounter, "{connection}",
         "Outbound HTTP connections that are open and whose requests are seen, by what they do.",
         &[HTTP_CONNECTION_STATE, SERVER_ADDRESS, SERVER_PORT, URL_SCHEME, PROTOCOL_VERSION];
@@ -482,23 +484,9 @@ metrics! {
         &[DROPPED_ITEM];
 }
 
-/// Declares the metrics of the host's table: a constant for each, and the table of all.
-macro_rules! host_metrics {
-    ($( $constant:ident = $name:literal, $instrument:expr, $unit:literal, $description:literal, $attributes:expr; )+) => {
-        $( #[doc = $description] pub const $constant: Metric = Metric {
-            name: $name,
-            instrument: $instrument,
-            unit: $unit,
-            description: $description,
-            attributes: $attributes,
-        }; )+
-
-        /// Every metric of the host's table (feature `host`): `Monitor::observe` and `conntrack-exporter`.
-        pub const HOST_METRICS: &[Metric] = &[$( $constant, )+];
-    };
-}
-
-host_metrics! {
+metrics! {
+    /// Every metric of the host's table (feature `host`): `Monitor::observe` and `conntrack-exporter`.
+    HOST_METRICS:
     HOST_SOCKETS = "system.network.connection.count", UpDownCounter, "{connection}",
         "TCP sockets of the host, by state; of the ports that are looked at.",
         &[CONNECTION_STATE, NETWORK_TRANSPORT, NETWORK_TYPE];

@@ -8,7 +8,7 @@ use crate::event::Direction;
 use crate::inspect::html::pools::pool_table;
 use crate::inspect::html::{Frame, action, td, unseen};
 use crate::inspect::query::{Filter, Name};
-use crate::inspect::text::{bound, bytes, clean, maybe, time};
+use crate::inspect::text::{self, bound, bytes, clean, maybe, time};
 use crate::inspect::view::{Bucket, Count, Family, Overview};
 
 pub(super) fn overview(view: &Overview, frame: &Frame<'_>) -> Markup {
@@ -238,15 +238,11 @@ fn steps(values: &[u64], most: u64) -> String {
 }
 
 fn dropped(view: &Overview) -> Markup {
-    let dropped = serde_json::to_value(view.dropped).unwrap_or_default();
-    let dropped = dropped.as_object().into_iter().flatten();
-    let some: Vec<_> = dropped
-        .filter(|(_, count)| count.as_u64() != Some(0))
-        .collect();
+    let mut dropped = text::dropped(view).peekable();
     html! {
-        @if !some.is_empty() {
+        @if dropped.peek().is_some() {
             h2 { "Dropped by the telemetry" }
-            dl { @for (name, count) in some { dt { (name) } dd { (count.to_string()) } } }
+            dl { @for (what, count) in dropped { dt { (what) } dd { (count) } } }
         }
     }
 }
