@@ -43,6 +43,10 @@ pub(crate) struct LongTerm {
     pub(super) groups: Groups,
     limit: usize,
     untracked: u64,
+    /// Where the sockets of the next rows may stand. A table is walked in the same order each time, so
+    /// the one after the last that was seen is likely, and so is the one that was expected before what
+    /// stood elsewhere: most rows are found without a look at the index.
+    likely: [usize; 2],
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -93,6 +97,7 @@ impl LongTerm {
             // The index counts in 32 bits.
             limit: limit.min(1 << 28),
             untracked: 0,
+            likely: [0; 2],
         }
     }
 
@@ -105,8 +110,8 @@ impl LongTerm {
         group: impl FnOnce(&mut Groups) -> Group,
     ) {
         let hash = self.hash(socket);
-        if let Some(entry) = self.find(hash, socket) {
-            let entry = &mut self.entries[entry];
+        if let Some(number) = self.find(hash, socket) {
+            let entry = &mut self.entries[number];
             entry.seen = true;
             entry.missed = 0;
             entry.inode = socket.inode;
@@ -153,6 +158,7 @@ impl LongTerm {
             at += 1;
         }
         self.shrink();
+        self.likely = [0; 2];
     }
 
     /// Sockets that are none of the table's business after all, by their inodes.
@@ -172,6 +178,7 @@ impl LongTerm {
         for entry in &mut self.entries {
             entry.seen = false;
         }
+        self.likely = [0; 2];
     }
 
     /// How many sockets are kept.
@@ -206,7 +213,26 @@ impl LongTerm {
         self.index.len() - 1
     }
 
-    fn find(&self, hash: u64, socket: &Socket) -> Option<usize> {
+    fn find(&mut self, hash: u64, socket: &Socket) -> Option<usize> {
+        let is = |number: usize| {
+            let entry = self.entries.get(number);
+            entry.is_some_and(|entry| entry.hash == hash && entry.is(socket))
+        };
+        let [first, second] = self.likely;
+        if is(first) {
+            self.likely[0] = first + 1;
+            return Some(first);
+        }
+        if is(second) {
+            self.likely = [second + 1, first];
+            return Some(second);
+        }
+        let found = self.search(hash, socket)?;
+        self.likely = [found + 1, first];
+        Some(found)
+    }
+
+    fn search(&self, hash: u64, socket: &Socket) -> Option<usize> {
         if self.index.is_empty() {
             return None;
         }
