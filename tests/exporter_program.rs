@@ -356,7 +356,7 @@ fn the_page_has_every_setting_its_origin_and_no_markup_of_others() {
 fn a_table_that_goes_away_is_told_and_its_numbers_stay() {
     let root = std::env::temp_dir().join(format!("conntrack-exporter-proc-{}", std::process::id()));
     let table = root.join("net/tcp");
-    let text = "heading\n\
+    let text = "  sl  local_address\n\
         0: 0100007F:0050 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 1\n\
         1: 0100007F:0050 0100007F:03E8 01 00000000:00000000 00:00000000 00000000 0 0 2\n\
         2: no such line\n";
@@ -404,7 +404,7 @@ fn a_scrape_never_waits_for_a_scan_and_neither_does_the_end() {
     let root = std::env::temp_dir().join(format!("conntrack-exporter-pipe-{}", std::process::id()));
     let table = root.join("net/tcp");
     std::fs::create_dir_all(table.parent().unwrap()).unwrap();
-    let text = "heading\n\
+    let text = "  sl  local_address\n\
         1: 0100007F:0050 0100007F:03E8 01 00000000:00000000 00:00000000 00000000 0 0 2\n";
     std::fs::write(&table, text).unwrap();
     let root_text = root.to_str().unwrap();

@@ -524,6 +524,47 @@ fn the_network_of_the_first_process_goes_before_the_readers_own() {
     assert_eq!(snapshot.tcp.retransmits, None);
 }
 
+/// In a real `/proc` its `net` is that of who looks: nobody asked for that one.
+#[test]
+fn a_first_process_that_is_hidden_is_an_error_and_not_the_readers_own_network() {
+    let proc = Proc::new("hidden");
+    proc.write(&[line(80, 0, 10, 1)]);
+    std::fs::rename(proc.0.join("net"), proc.0.join("self-net")).unwrap();
+    std::os::unix::fs::symlink("self-net", proc.0.join("net")).unwrap();
+    let start = || Monitor::builder().proc_root(&proc.0).start();
+    let error = start().unwrap_err().to_string();
+    assert!(error.contains("1/net/tcp"), "{error}");
+    // Seen, and still not to be read.
+    std::fs::create_dir(proc.0.join("1")).unwrap();
+    let error = start().unwrap_err().to_string();
+    assert!(error.contains("1/net/tcp"), "{error}");
+}
+
+#[test]
+fn a_file_that_is_no_table_is_an_error_and_costs_no_age() {
+    let proc = Proc::new("other");
+    let lines = [line(80, 0, 10, 1), line(80, 1000, 1, 2)];
+    proc.write(&lines);
+    let mut scanner = proc.scanner();
+    assert_eq!(inbound(&scan(&mut scanner), 80), 1);
+    let first = Instant::now();
+    for other in ["", "nothing like it\n"] {
+        std::fs::write(proc.0.join("net/tcp"), other).unwrap();
+        let error = scanner.scan().unwrap_err().to_string();
+        assert!(error.contains("does not begin as"), "{error}");
+    }
+    proc.write(&lines);
+    let least = first.elapsed();
+    let snapshot = scan(&mut scanner);
+    let row = row(&snapshot, Direction::Inbound, 80).unwrap();
+    assert!(row.oldest + Duration::from_millis(2) >= least);
+    // Half of the table is no whole one.
+    std::fs::write(proc.0.join("net/tcp6"), "").unwrap();
+    let snapshot = scan(&mut scanner);
+    assert_eq!(inbound(&snapshot, 80), 1);
+    assert!(snapshot.scan.torn.is_some());
+}
+
 #[test]
 fn nothing_to_read_is_an_error_at_once() {
     let proc = Proc::new("nothing");

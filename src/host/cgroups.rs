@@ -1,9 +1,10 @@
 //! The names of cgroups: what the kernel calls by numbers, people know by directories.
 //!
 //! A cgroup's number is that of its directory. So the tree is walked when an unknown number comes,
-//! seldom, and within bounds; what is not found is shown by its number.
+//! seldom, and within bounds; what is not found is shown by its number, and is no reason to walk again
+//! for a while.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,12 +13,19 @@ use std::time::{Duration, Instant};
 const MOST: usize = 20_000;
 /// Between walks.
 const PAUSE: Duration = Duration::from_secs(10);
+/// Between walks for what the last one did not find: a cgroup of another container, say, whose
+/// directory is not to be seen from here.
+const LONG_PAUSE: Duration = Duration::from_secs(600);
+/// So many that were not found are remembered.
+const MISSING: usize = 10_000;
 
 /// The names that are known.
 #[derive(Debug, Default)]
 pub(super) struct Cgroups {
     mount: Option<PathBuf>,
     names: HashMap<u64, Arc<str>>,
+    /// Asked for since the last walk, which did not find them.
+    missing: HashSet<u64>,
     walked: Option<Instant>,
 }
 
@@ -27,19 +35,31 @@ impl Cgroups {
         if id == 0 {
             return "unknown".into();
         }
-        if !self.names.contains_key(&id)
-            && self.walked.is_none_or(|at| now.duration_since(at) >= PAUSE)
-        {
-            self.walked = Some(now);
-            self.walk();
+        if !self.names.contains_key(&id) && self.is_time(id, now) {
+            self.walk(now);
         }
-        match self.names.get(&id) {
-            Some(name) => name.clone(),
-            None => format!("cgroup:{id}").into(),
+        if let Some(name) = self.names.get(&id) {
+            return name.clone();
         }
+        // Those that came too soon after a walk are not missing yet.
+        if self.walked == Some(now) && self.missing.len() < MISSING {
+            self.missing.insert(id);
+        }
+        format!("cgroup:{id}").into()
     }
 
-    fn walk(&mut self) {
+    fn is_time(&self, id: u64, now: Instant) -> bool {
+        let pause = if self.missing.contains(&id) || self.missing.len() >= MISSING {
+            LONG_PAUSE
+        } else {
+            PAUSE
+        };
+        self.walked.is_none_or(|at| now.duration_since(at) >= pause)
+    }
+
+    fn walk(&mut self, now: Instant) {
+        self.walked = Some(now);
+        self.missing.clear();
         if self.mount.is_none() {
             self.mount =
                 mount(&std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default());
@@ -128,11 +148,28 @@ mod tests {
         assert_eq!(name(&root), "/");
         assert_eq!(name(&service), "/system.slice/nginx.service");
         std::fs::remove_dir_all(&root).unwrap();
-        let mut cgroups = Cgroups::default();
-        assert_eq!(&*cgroups.name(0, Instant::now()), "unknown");
-        assert_eq!(
-            &*cgroups.name(u64::MAX, Instant::now()),
-            format!("cgroup:{}", u64::MAX)
-        );
+    }
+
+    #[test]
+    fn what_is_not_found_is_shown_by_its_number_and_seldom_looked_for() {
+        let (mut cgroups, begun) = (Cgroups::default(), Instant::now());
+        let mut ask = |id: u64, seconds: u64| {
+            let now = begun + Duration::from_secs(seconds);
+            let name = cgroups.name(id, now);
+            (name, cgroups.walked == Some(now))
+        };
+        assert_eq!(ask(0, 0), ("unknown".into(), false));
+        let (one, two) = (u64::MAX, u64::MAX - 1);
+        assert_eq!(ask(one, 1), (format!("cgroup:{one}").into(), true));
+        assert!(!ask(one, 12).1);
+        // One that is new is worth a walk, once; too soon after the last it waits.
+        assert!(!ask(two, 5).1);
+        assert!(ask(two, 13).1);
+        assert!(!ask(two, 40).1);
+        // All that is asked for in a scan is known to be missing after its walk.
+        assert!(ask(one, 41).1);
+        ask(two, 41);
+        assert!(!ask(one, 100).1 && !ask(two, 600).1);
+        assert!(ask(one, 41 + 600).1);
     }
 }

@@ -28,6 +28,18 @@ pub(super) fn read(directory: &Path) -> TcpCounters {
     }
 }
 
+impl TcpCounters {
+    /// Those of `before` where there are none now.
+    pub(super) fn or(self, before: &Self) -> Self {
+        Self {
+            segments_sent: self.segments_sent.or(before.segments_sent),
+            retransmits: self.retransmits.or(before.retransmits),
+            listen_overflows: self.listen_overflows.or(before.listen_overflows),
+            listen_drops: self.listen_drops.or(before.listen_drops),
+        }
+    }
+}
+
 pub(super) fn find(text: &str, section: &str, name: &str) -> Option<u64> {
     let mut lines = text.lines().filter_map(|line| line.strip_prefix(section));
     let names = lines.next()?.split_ascii_whitespace();
@@ -60,7 +72,9 @@ mod tests {
     fn this_system_has_them() {
         let counters = read(Path::new("/proc/net"));
         assert!(counters.segments_sent.is_some() && counters.retransmits.is_some());
-        assert_eq!(read(Path::new("/nowhere")), TcpCounters::default());
+        let nowhere = read(Path::new("/nowhere"));
+        assert_eq!(nowhere, TcpCounters::default());
+        assert_eq!(nowhere.or(&counters), counters);
     }
 
     proptest::proptest! {

@@ -54,6 +54,19 @@ impl GroupKey {
     const fn is_ports_other(&self) -> bool {
         self.port.is_some() && matches!(self.label, Label::Other)
     }
+
+    /// The one of its direction and family that sums what has no port of its own.
+    pub(super) const fn without_port(self) -> Self {
+        let label = match self.label {
+            Label::None => Label::None,
+            Label::Subnet(..) | Label::Cgroup(_) | Label::Other => Label::Other,
+        };
+        Self {
+            port: None,
+            label,
+            ..self
+        }
+    }
 }
 
 /// What else it is counted by.
@@ -121,7 +134,7 @@ impl Groups {
                 label: Label::Other,
                 ..key
             },
-            Label::None | Label::Other => GroupKey { port: None, ..key },
+            Label::None | Label::Other => key.without_port(),
         })
     }
 
@@ -160,8 +173,13 @@ impl Groups {
         self.list.len()
     }
 
-    pub(super) fn key(&self, group: usize) -> GroupKey {
-        self.list[group].0
+    pub(super) fn key(&self, group: Group) -> &GroupKey {
+        &self.list[group.index()].0
+    }
+
+    /// In the order of their numbers.
+    pub(super) fn keys(&self) -> impl Iterator<Item = &GroupKey> {
+        self.list.iter().map(|(key, _)| key)
     }
 }
 
@@ -191,12 +209,12 @@ mod tests {
         join(&mut groups, 2);
         // First a port's labels are too many, then ports are.
         let thirds = join(&mut groups, 3);
-        let of_third = groups.key(thirds.index());
+        let of_third = groups.key(thirds);
         assert_eq!((of_third.port, of_third.label), (Some(3), Label::Other));
         join(&mut groups, 4);
         let other = join(&mut groups, 5);
         assert_eq!(other, join(&mut groups, 6));
-        let of_rest = groups.key(other.index());
+        let of_rest = groups.key(other);
         assert_eq!((of_rest.port, of_rest.label), (None, Label::Other));
         groups.leaves(one);
         assert_eq!(one, join(&mut groups, 1));
@@ -205,9 +223,9 @@ mod tests {
         }
         // They are free: the bound counts what is there.
         let seven = join(&mut groups, 7);
-        assert_eq!(groups.key(seven.index()), key(7));
+        assert_eq!(*groups.key(seven), key(7));
         let eight = join(&mut groups, 8);
-        let of_eight = groups.key(eight.index());
+        let of_eight = groups.key(eight);
         assert_eq!((of_eight.port, of_eight.label), (Some(8), Label::Other));
         assert_eq!(groups.numbers(), 5);
     }
@@ -223,7 +241,7 @@ mod tests {
                 ..key(port)
             });
             groups.joins(group);
-            *members.entry(groups.key(group.index())).or_default() += 1;
+            *members.entry(*groups.key(group)).or_default() += 1;
         }
         for port in 1..=3 {
             let of_port = members.iter().filter(|(key, _)| key.port == Some(port));

@@ -22,7 +22,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
 use super::Socket;
-use super::groups::{Group, Groups};
+use super::groups::{Group, GroupKey, Groups};
 
 /// What misses weigh. At [`FORGOTTEN`] a socket is forgotten, below [`UNCOUNTED`] it is counted.
 const WHOLE_MISS: u8 = 5;
@@ -102,11 +102,12 @@ impl LongTerm {
     }
 
     /// An established socket of the scan under way, seen at this time. `group` is asked for at its
-    /// first sight.
+    /// first sight, and again where that knew too little.
     pub(super) fn see(
         &mut self,
         socket: &Socket,
         now: Duration,
+        knew_too_little: impl FnOnce(&GroupKey) -> bool,
         group: impl FnOnce(&mut Groups) -> Group,
     ) {
         let hash = self.hash(socket);
@@ -117,6 +118,13 @@ impl LongTerm {
             entry.inode = socket.inode;
             if socket.cookie != 0 {
                 entry.cookie = socket.cookie;
+            }
+            let before = entry.group;
+            if knew_too_little(self.groups.key(before)) {
+                let now = group(&mut self.groups);
+                self.groups.joins(now);
+                self.groups.leaves(before);
+                self.entries[number].group = now;
             }
             return;
         }

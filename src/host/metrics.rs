@@ -1,5 +1,7 @@
 //! The host's table as OpenTelemetry metrics: observables that read what the last scan left.
 //!
+//! The instruments of one collection share a snapshot, so their numbers agree.
+//!
 //! What is gone is not observed any more, so series of vanished ports disappear. Where two readers
 //! share a provider the SDK brings them back: give each exporter a provider of its own.
 
@@ -12,6 +14,7 @@ use opentelemetry::metrics::Meter;
 
 use super::monitor::Latest;
 use super::{Connections, Monitor, Snapshot};
+use crate::telemetry::metrics::Shared;
 use crate::telemetry::names::{self, Instrument, Metric};
 
 /// What is beyond a bound.
@@ -56,15 +59,12 @@ const OBSERVABLES: &[(&Metric, Read)] = &[
     }),
     (&names::HOST_DROPS, |_, s| counter(s.tcp.listen_drops)),
     (&names::HOST_SCANS, |latest, _| {
-        let [torn, failed] = latest.imperfect();
-        let whole = latest.scans().saturating_sub(torn + failed);
         let row = |(result, count): (&'static str, u64)| {
             let result = KeyValue::new(names::HOST_SCAN_RESULT, result);
             (vec![result], count as f64)
         };
-        [("whole", whole), ("torn", torn), ("failed", failed)]
-            .map(row)
-            .into()
+        let results = ["whole", "torn", "failed"].into_iter();
+        results.zip(latest.scans()).map(row).collect()
     }),
     (&names::HOST_SCAN_DURATION, |_, snapshot| {
         vec![(Vec::new(), snapshot.scan.took.as_secs_f64())]
@@ -110,11 +110,13 @@ impl Monitor {
     }
 
     pub(super) fn observe_those(&self, meter: &Meter, wanted: fn(&Metric) -> bool) {
-        for (metric, read) in OBSERVABLES.iter().filter(|(metric, _)| wanted(metric)) {
-            let (latest, read) = (self.latest.clone(), *read);
+        let shared = Arc::new(Shared::default());
+        let observables = OBSERVABLES.iter().enumerate();
+        for (index, (metric, read)) in observables.filter(|(_, (metric, _))| wanted(metric)) {
+            let (latest, read, shared) = (self.latest.clone(), *read, shared.clone());
             // A panic would kill the SDK's reader.
             let points = move || {
-                let points = || read(&latest, &latest.snapshot());
+                let points = || read(&latest, &shared.snapshot(index, || latest.snapshot()));
                 catch_unwind(AssertUnwindSafe(points)).unwrap_or_default()
             };
             // Whole numbers, but for seconds.

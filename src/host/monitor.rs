@@ -1,6 +1,7 @@
 //! The thread that scans, and what it saw last.
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -45,12 +46,24 @@ pub struct Monitor {
 #[derive(Clone)]
 pub(super) struct Latest(Arc<Shared>);
 
+/// Where a scan counts.
+const WHOLE: usize = 0;
+const TORN: usize = 1;
+const FAILED: usize = 2;
+
+const fn kind(snapshot: &Snapshot) -> usize {
+    if snapshot.scan.torn.is_some() {
+        TORN
+    } else {
+        WHOLE
+    }
+}
+
 struct Shared {
     snapshot: Mutex<Arc<Snapshot>>,
     failure: Mutex<Option<Arc<str>>>,
-    scans: AtomicU64,
-    torn: AtomicU64,
-    failed: AtomicU64,
+    /// Whole, torn and failed ones.
+    scans: [AtomicU64; 3],
     last_failed: AtomicBool,
     stop: Mutex<Stop>,
     wake: Condvar,
@@ -65,19 +78,25 @@ struct Stop {
 
 impl Monitor {
     pub(super) fn start(settings: MonitorBuilder) -> Result<Self, ConfigError> {
-        let period = settings.period;
-        let mut scanner = Scanner::new(settings)?;
+        Self::with(Scanner::new(settings.clone())?, settings)
+    }
+
+    /// The settings are for another scanner, should this one break.
+    pub(super) fn with(
+        mut scanner: Scanner,
+        settings: MonitorBuilder,
+    ) -> Result<Self, ConfigError> {
         let first = scanner.scan().map_err(|error| {
             let help = "the table can't be read; allow netlink (AF_NETLINK) or /proc/net/tcp, or name \
                         another /proc";
             ConfigError::new("host", "/proc/net/tcp", help).with_source(error)
         })?;
+        let scans: [AtomicU64; 3] = Default::default();
+        scans[kind(&first)].store(1, Relaxed);
         let latest = Latest(Arc::new(Shared {
-            torn: AtomicU64::new(first.scan.torn.is_some().into()),
             snapshot: Mutex::new(Arc::new(first)),
             failure: Mutex::default(),
-            scans: AtomicU64::new(1),
-            failed: AtomicU64::new(0),
+            scans,
             last_failed: AtomicBool::new(false),
             stop: Mutex::default(),
             wake: Condvar::new(),
@@ -87,7 +106,7 @@ impl Monitor {
             .name("conntrack-host".to_owned())
             .spawn(move || {
                 let _done = Done(&shared);
-                shared.run(scanner, period);
+                shared.run(scanner, &settings);
             })
             .map_err(|error| {
                 ConfigError::new("host", "its thread", "the system has no thread for it")
@@ -109,17 +128,17 @@ impl Monitor {
 
     /// How many scans there were; those that were torn or failed are among them.
     pub fn scans(&self) -> u64 {
-        self.latest.scans()
+        self.latest.scans().iter().sum()
     }
 
     /// How many scans may have left something out. No age was lost.
     pub fn torn_scans(&self) -> u64 {
-        self.latest.0.torn.load(Relaxed)
+        self.latest.scans()[TORN]
     }
 
     /// How many scans failed altogether. No age was lost; snapshots stay as they were.
     pub fn failed_scans(&self) -> u64 {
-        self.latest.0.failed.load(Relaxed)
+        self.latest.scans()[FAILED]
     }
 
     /// Why the last scan failed; none if it did not.
@@ -133,39 +152,43 @@ impl Latest {
         lock(&self.0.snapshot).clone()
     }
 
-    pub(super) fn scans(&self) -> u64 {
-        self.0.scans.load(Relaxed)
-    }
-
-    /// Torn and failed ones.
-    #[cfg_attr(not(feature = "otel"), allow(dead_code))]
-    pub(super) fn imperfect(&self) -> [u64; 2] {
-        [&self.0.torn, &self.0.failed].map(|count| count.load(Relaxed))
+    /// Whole, torn and failed ones: each of them never goes down.
+    pub(super) fn scans(&self) -> [u64; 3] {
+        self.0.scans.each_ref().map(|count| count.load(Relaxed))
     }
 }
 
 impl Shared {
-    fn run(&self, mut scanner: Scanner, period: Duration) {
+    fn run(&self, mut scanner: Scanner, settings: &MonitorBuilder) {
+        let period = settings.period;
         let mut next = Instant::now() + period;
         while !self.stopped_until(next) {
             let begin = Instant::now();
-            match scanner.scan() {
+            let scan = catch_unwind(AssertUnwindSafe(|| scanner.scan()));
+            let scan = scan.unwrap_or_else(|_| {
+                // Never, as far as we know. What it knew may be wrong, ages too.
+                if let Ok(another) = Scanner::new(settings.clone()) {
+                    scanner = another;
+                }
+                Err(std::io::Error::other("the scan panicked; this is a bug"))
+            });
+            let kind = match scan {
                 Ok(snapshot) => {
-                    self.torn
-                        .fetch_add(snapshot.scan.torn.is_some().into(), Relaxed);
+                    let kind = kind(&snapshot);
                     let before = std::mem::replace(&mut *lock(&self.snapshot), Arc::new(snapshot));
                     drop(before);
                     if self.last_failed.swap(false, Relaxed) {
                         *lock(&self.failure) = None;
                     }
+                    kind
                 }
                 Err(error) => {
-                    self.failed.fetch_add(1, Relaxed);
                     self.last_failed.store(true, Relaxed);
                     *lock(&self.failure) = Some(error.to_string().into());
+                    FAILED
                 }
-            }
-            self.scans.fetch_add(1, Relaxed);
+            };
+            self.scans[kind].fetch_add(1, Relaxed);
             let end = Instant::now();
             let rest = end.duration_since(begin) * (SHARE - 1);
             // On the beat; what was missed is not made up for.

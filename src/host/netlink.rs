@@ -9,13 +9,13 @@ use crate::host::{Key, Seen, Socket};
 // include/uapi/linux/netlink.h
 const HEADER: usize = 16;
 const NLMSG_NOOP: u16 = 1;
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
+pub(super) const NLMSG_ERROR: u16 = 2;
+pub(super) const NLMSG_DONE: u16 = 3;
 pub(super) const NLM_F_REQUEST: u16 = 1;
 /// `NLM_F_ROOT | NLM_F_MATCH`.
 pub(super) const NLM_F_DUMP: u16 = 0x300;
 /// The table changed in a way that a dump may have left something out.
-const NLM_F_DUMP_INTR: u16 = 0x10;
+pub(super) const NLM_F_DUMP_INTR: u16 = 0x10;
 
 // include/uapi/linux/sock_diag.h, inet_diag.h
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
@@ -24,7 +24,7 @@ const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const TCPDIAG_GETSOCK: u16 = 18;
 const IPPROTO_TCP: u8 = 6;
 const INET_DIAG_INFO: u16 = 2;
-const INET_DIAG_CGROUP_ID: u16 = 21;
+pub(super) const INET_DIAG_CGROUP_ID: u16 = 21;
 const INET_DIAG_REQ_BYTECODE: u16 = 1;
 /// `INET_DIAG_NOCOOKIE`, twice: whatever the cookie is.
 const NO_COOKIE: u64 = u64::MAX;

@@ -66,26 +66,30 @@ fn reader(file: File) -> BufReader<File> {
     BufReader::with_capacity(32 * 1024, file)
 }
 
-/// Gives back how many lines could not be read, less the heading.
+/// Gives back how many lines could not be read. The kernel's file has a heading, also where there is
+/// no socket; what has none is another file.
 pub(super) fn read_file(mut file: impl BufRead, each: &mut impl FnMut(&Socket)) -> io::Result<u64> {
     let mut line = Vec::new();
-    let (mut heading, mut malformed) = (true, 0);
-    loop {
+    let mut next = |line: &mut Vec<u8>| {
         line.clear();
-        let length = io::Read::take(&mut file, LONGEST).read_until(b'\n', &mut line)?;
-        if length == 0 {
-            return Ok(malformed);
-        }
+        io::Read::take(&mut file, LONGEST).read_until(b'\n', line)
+    };
+    next(&mut line)?;
+    if !line.trim_ascii_start().starts_with(b"sl ") {
+        let text = "it does not begin as the kernel's table of TCP sockets does";
+        return Err(io::Error::new(ErrorKind::InvalidData, text));
+    }
+    let mut malformed = 0;
+    while next(&mut line)? > 0 {
         match std::str::from_utf8(&line).ok().and_then(parse) {
             Some(socket) => each(&socket),
-            None => malformed += u64::from(!heading),
+            None => malformed += 1,
         }
-        heading = false;
     }
+    Ok(malformed)
 }
 
-/// `sl local_address rem_address st tx:rx tr:when retrnsmt uid timeout inode ...`; none for the
-/// heading.
+/// `sl local_address rem_address st tx:rx tr:when retrnsmt uid timeout inode ...`.
 fn parse(line: &str) -> Option<Socket> {
     let mut fields = line.split_ascii_whitespace().skip(1);
     let local = end(fields.next()?)?;
@@ -166,8 +170,26 @@ mod tests {
             parse(&line);
             let near = format!("0: {line}:0 0:0 0 0:0 0 0 0 0 0");
             parse(&near);
-            read_file(&bytes[..], &mut |_| {}).unwrap();
+            let mut file = b"  sl  local_address\n".to_vec();
+            file.extend(bytes);
+            read_file(&file[..], &mut |_| {}).unwrap();
         }
+    }
+
+    #[test]
+    fn a_file_without_its_heading_is_no_table() {
+        for file in [
+            "",
+            "\n",
+            "nothing like it\n",
+            "slow\n",
+            "   1: 0100007F:9EBB",
+        ] {
+            let error = read_file(file.as_bytes(), &mut |_| {}).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidData, "{file:?}");
+        }
+        let empty = "  sl  local_address rem_address   st\n".as_bytes();
+        assert_eq!(read_file(empty, &mut |_| {}).unwrap(), 0);
     }
 
     #[test]

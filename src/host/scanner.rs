@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use super::cgroups::Cgroups;
 use super::groups::{GroupKey, Groups, IpVersion, Label};
 use super::long_term::LongTerm;
 use super::snapshot::{Connections, Listening, Scan, Snapshot, Source};
-use super::{GroupBy, Monitor, MonitorBuilder, Read, Socket, counters};
+use super::{GroupBy, Monitor, MonitorBuilder, Read, Socket, TcpCounters, counters};
 use crate::config::ConfigError;
 use crate::event::{Direction, TcpState};
 
@@ -26,6 +27,9 @@ use elsewhere::Reader;
 
 /// How many listening ports are told apart.
 const LISTENING: usize = 500;
+
+/// For so many torn scans what rows add up to is that of the last whole one.
+const STALE: u8 = 10;
 
 /// Of the kernel's numbers of states.
 const STATES: usize = 12;
@@ -45,6 +49,16 @@ pub struct Scanner {
     cgroups: Cgroups,
     begun: Instant,
     malformed: u64,
+    /// The last one with nothing missing, and how many scans ago it was.
+    whole: Option<(Counts, u8)>,
+    tcp: TcpCounters,
+}
+
+/// What is counted row by row: it can't be made up for where rows are missing.
+#[derive(Clone, Default)]
+struct Counts {
+    states: Vec<(TcpState, IpVersion, u64)>,
+    listening: Vec<Listening>,
 }
 
 /// What a row is judged by, and what is summed while rows come.
@@ -52,6 +66,10 @@ struct View {
     wanted: Bits,
     /// Listened on, of this scan so far.
     listened: Bits,
+    /// Of the last whole scan, and of those that were torn since.
+    listened_before: Bits,
+    /// What the kernel gives to clients.
+    clients: RangeInclusive<u16>,
     ipv6: bool,
     own_port: Option<u16>,
     group_by: GroupBy,
@@ -96,6 +114,12 @@ impl Bits {
     fn has(&self, port: u16) -> bool {
         self.0[usize::from(port >> 6)] >> (port & 63) & 1 == 1
     }
+
+    fn add(&mut self, others: &Self) {
+        for (word, other) in self.0.iter_mut().zip(&*others.0) {
+            *word |= other;
+        }
+    }
 }
 
 /// The sums of a group.
@@ -137,6 +161,8 @@ impl Scanner {
             view: View {
                 wanted,
                 listened: Bits::none(),
+                listened_before: Bits::none(),
+                clients,
                 ipv6: settings.ipv6,
                 own_port: settings.own_port,
                 group_by: settings.group_by,
@@ -151,6 +177,8 @@ impl Scanner {
             cgroups: Cgroups::default(),
             begun: Instant::now(),
             malformed: 0,
+            whole: None,
+            tcp: TcpCounters::default(),
         })
     }
 
@@ -184,6 +212,7 @@ impl Scanner {
             (None, 0) => None,
             (None, n) => Some(format!("{n} rows could not be read").into()),
         };
+        self.view.ends(torn.is_none());
         self.view
             .sum(&mut self.table, torn.is_none(), now, self.settings.duration);
         Ok(self.snapshot(begin, source, torn, &read))
@@ -197,13 +226,17 @@ impl Scanner {
         read: &Read,
     ) -> Snapshot {
         let connections = self.connections(begin);
+        // Where rows may be missing, as opposed to some that made no sense.
+        let Counts { states, listening } = self.counts(read.torn.is_none());
+        // A file that can't be read now, for want of a descriptor say, leaves what it said before.
+        self.tcp = counters::read(self.reader.net()).or(&self.tcp);
         let at = Instant::now();
         Snapshot {
             ipv6: self.view.ipv6,
             connections,
-            listening: self.view.listening(),
-            states: self.view.states(),
-            tcp: counters::read(self.reader.net()),
+            listening,
+            states,
+            tcp: self.tcp,
             scan: Scan {
                 at,
                 took: at.duration_since(begin),
@@ -218,28 +251,42 @@ impl Scanner {
         }
     }
 
+    fn counts(&mut self, whole: bool) -> Counts {
+        if !whole
+            && let Some((counts, ago)) = &mut self.whole
+            && *ago < STALE
+        {
+            *ago += 1;
+            return counts.clone();
+        }
+        let counts = Counts {
+            states: self.view.states(),
+            listening: self.view.listening(),
+        };
+        // After too many torn ones the last of them is as good as any.
+        self.whole = Some((counts.clone(), if whole { 0 } else { STALE }));
+        counts
+    }
+
     fn connections(&mut self, now: Instant) -> Vec<Connections> {
-        let tallies = self.view.tallies.iter().enumerate();
+        let tallies = self.table.groups.keys().zip(&self.view.tallies);
         let mut rows: Vec<_> = tallies
             .filter(|(_, tally)| tally.established > 0)
-            .map(|(group, tally)| {
-                let key = self.table.groups.key(group);
-                Connections {
-                    direction: key.direction,
-                    port: key.port,
-                    ip: key.ip,
-                    group: match key.label {
-                        Label::None => None,
-                        Label::Subnet(address, bits) => Some(subnet(address, key.ip, bits)),
-                        Label::Cgroup(id) => Some(self.cgroups.name(id, now)),
-                        Label::Other => Some("_other".into()),
-                    },
-                    established: tally.established,
-                    long_term: tally.long_term,
-                    ages: tally.ages,
-                    age_sum: tally.age_sum,
-                    oldest: tally.oldest,
-                }
+            .map(|(key, tally)| Connections {
+                direction: key.direction,
+                port: key.port,
+                ip: key.ip,
+                group: match key.label {
+                    Label::None => None,
+                    Label::Subnet(address, bits) => Some(subnet(address, key.ip, bits)),
+                    Label::Cgroup(id) => Some(self.cgroups.name(id, now)),
+                    Label::Other => Some("_other".into()),
+                },
+                established: tally.established,
+                long_term: tally.long_term,
+                ages: tally.ages,
+                age_sum: tally.age_sum,
+                oldest: tally.oldest,
             })
             .collect();
         rows.sort_by(|a, b| {
@@ -279,22 +326,47 @@ impl View {
         match socket.state {
             LISTEN => self.listens(local, socket),
             ESTABLISHED => {
-                let inbound = self.listened.has(local) || self.servers.has(local);
-                let group_by = self.group_by;
-                table.see(socket, now, |groups| {
-                    groups.of(GroupKey {
-                        direction: if inbound {
-                            Direction::Inbound
-                        } else {
-                            Direction::Outbound
-                        },
-                        ip,
-                        port: Some(if inbound { local } else { peer }),
-                        label: label(group_by, socket, ip),
-                    })
+                let inbound = self.listened.has(local)
+                    || self.listened_before.has(local)
+                    || self.servers.has(local);
+                let knew_too_little = |key: &GroupKey| {
+                    let was_outbound = inbound && key.direction == Direction::Outbound;
+                    was_outbound || (key.label == Label::Cgroup(0) && socket.cgroup != 0)
+                };
+                table.see(socket, now, knew_too_little, |groups| {
+                    groups.of(self.key(socket, ip, inbound))
                 });
             }
             _ => {}
+        }
+    }
+
+    fn key(&self, socket: &Socket, ip: IpVersion, inbound: bool) -> GroupKey {
+        let (local, peer) = socket.key.ports();
+        let key = GroupKey {
+            direction: if inbound {
+                Direction::Inbound
+            } else {
+                Direction::Outbound
+            },
+            ip,
+            port: Some(if inbound { local } else { peer }),
+            label: label(self.group_by, socket, ip),
+        };
+        // A client of a server whose listener was gone before we came, as a rule: its port is the
+        // kernel's choice, and so is the next one's.
+        if !inbound && self.clients.contains(&peer) && !self.clients.contains(&local) {
+            return key.without_port();
+        }
+        key
+    }
+
+    /// The scan is over, and was whole or not.
+    fn ends(&mut self, whole: bool) {
+        if whole {
+            std::mem::swap(&mut self.listened_before, &mut self.listened);
+        } else {
+            self.listened_before.add(&self.listened);
         }
     }
 
@@ -364,7 +436,7 @@ impl View {
 }
 
 /// The ports that the kernel gives to clients (ip(7)).
-fn client_ports() -> std::ops::RangeInclusive<u16> {
+fn client_ports() -> RangeInclusive<u16> {
     let read = || {
         let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").ok()?;
         let mut words = text.split_ascii_whitespace().map(str::parse);

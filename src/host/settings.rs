@@ -1,7 +1,7 @@
 //! How the host's table is looked at.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -109,7 +109,7 @@ impl MonitorBuilder {
 
     /// Reads the tables under another `/proc`, such as the host's that is mounted into a container:
     /// `{root}/1/net/tcp`, which is the network of that host's first process, or `{root}/net/tcp` if it
-    /// has none. Default: the kernel is asked for the network of this process. It costs about twice
+    /// is a directory without processes. Default: the kernel is asked for the network of this process. It costs about twice
     /// as much, and does not know cgroups.
     pub fn proc_root(mut self, root: impl Into<PathBuf>) -> Self {
         self.proc_root = Some(root.into());
@@ -195,14 +195,19 @@ impl MonitorBuilder {
         Ok(())
     }
 
-    /// Where the tables are.
+    /// Where the tables are. In a real `/proc` `net` is a link to that of who looks, which is not what
+    /// was asked for: there it is the first process's or an error, also where that is hidden from us.
     #[cfg_attr(not(target_os = "linux"), allow(dead_code))]
     pub(super) fn net(&self) -> PathBuf {
-        let root = self.proc_root.as_deref();
-        let first = root.map(|root| root.join("1/net"));
-        match first {
-            Some(first) if first.join("tcp").exists() => first,
-            _ => root.unwrap_or_else(|| Path::new("/proc")).join("net"),
+        let Some(root) = &self.proc_root else {
+            return PathBuf::from("/proc/net");
+        };
+        let (first, own) = (root.join("1/net"), root.join("net"));
+        let is_link = own.symlink_metadata().is_ok_and(|meta| meta.is_symlink());
+        if is_link || root.join("1").symlink_metadata().is_ok() {
+            first
+        } else {
+            own
         }
     }
 }

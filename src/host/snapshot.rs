@@ -52,11 +52,12 @@ impl Snapshot {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Connections {
-    /// Inbound if the local port was listened on when the connection was first seen, or was asked for by
+    /// Inbound if the local port was listened on while the connection was seen, or was asked for by
     /// [`MonitorBuilder::ports`](super::MonitorBuilder::ports) and is none that the kernel gives to clients.
     pub direction: Direction,
     /// The local port if inbound, the remote port if outbound. None sums what is beyond
-    /// [`MonitorBuilder::rows`](super::MonitorBuilder::rows).
+    /// [`MonitorBuilder::rows`](super::MonitorBuilder::rows), and outbound what has a client's port at
+    /// the other end only: such a connection was likely accepted, and who listened was gone before.
     pub port: Option<u16>,
     /// What goes over the wire.
     pub ip: IpVersion,
@@ -139,7 +140,9 @@ pub struct Scan {
     /// Which table was read.
     pub source: Source,
     /// Why something may have been left out of it; none for a whole scan. A connection that is missing
-    /// in such a scan is counted as it was.
+    /// in such a scan is counted as it was. Where the kernel's answer broke off,
+    /// [`states`](Snapshot::states) and [`listening`](Snapshot::listening) are those of the last whole
+    /// scan, for ten scans at most.
     pub torn: Option<Arc<str>>,
     /// Rows that were read.
     pub rows: u64,

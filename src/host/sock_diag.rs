@@ -4,6 +4,7 @@
 //! each further part of a dump when the part before it is read. So nothing here waits, and what does
 //! not come at once is an error.
 
+use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 
@@ -25,8 +26,30 @@ pub(crate) const PART: usize = 32 * 1024;
 
 /// A family that the kernel has no table for.
 fn is_unknown(error: &io::Error) -> bool {
-    let errno = error.raw_os_error().map(Errno::from_raw_os_error);
-    matches!(errno, Some(Errno::NOENT | Errno::AFNOSUPPORT))
+    matches!(errno(error), Some(Errno::NOENT | Errno::AFNOSUPPORT))
+}
+
+/// Whether the kernel will say the same however often it is asked: it does not know the question, or
+/// does not let us ask. Else it was busy, or had no room.
+pub(crate) fn is_refused(error: &io::Error) -> bool {
+    matches!(
+        errno(error),
+        Some(
+            Errno::NOENT
+                | Errno::INVAL
+                | Errno::PERM
+                | Errno::ACCESS
+                | Errno::NOSYS
+                | Errno::OPNOTSUPP
+                | Errno::AFNOSUPPORT
+                | Errno::PROTONOSUPPORT
+                | Errno::SOCKTNOSUPPORT
+        )
+    )
+}
+
+fn errno(error: &io::Error) -> Option<Errno> {
+    error.raw_os_error().map(Errno::from_raw_os_error)
 }
 
 pub(super) fn open() -> io::Result<OwnedFd> {
@@ -38,10 +61,49 @@ pub(super) fn open() -> io::Result<OwnedFd> {
     )?)
 }
 
-/// A socket for questions.
+/// Who is asked. In tests, one that plays tricks.
+pub(crate) trait Kernel: fmt::Debug + Send + Sync {
+    /// A new way to it. What it still had to say on the one before is never heard.
+    fn open(&mut self) -> io::Result<()>;
+    fn send(&self, request: &[u8]) -> io::Result<()>;
+    /// One part of the answer; gives back how long it is.
+    fn receive(&self, into: &mut [u8]) -> io::Result<usize>;
+}
+
+/// The kernel, over netlink.
+#[derive(Debug, Default)]
+pub(crate) struct Netlink(Option<OwnedFd>);
+
+impl Netlink {
+    fn socket(&self) -> io::Result<&OwnedFd> {
+        self.0.as_ref().ok_or_else(|| Errno::BADF.into())
+    }
+}
+
+impl Kernel for Netlink {
+    fn open(&mut self) -> io::Result<()> {
+        self.0 = None;
+        self.0 = Some(open()?);
+        Ok(())
+    }
+
+    fn send(&self, request: &[u8]) -> io::Result<()> {
+        send(self.socket()?, request, SendFlags::DONTWAIT)?;
+        Ok(())
+    }
+
+    fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
+        let (length, _) = recv(self.socket()?, into, RecvFlags::DONTWAIT)?;
+        Ok(length)
+    }
+}
+
+/// Questions, one after the other.
 #[derive(Debug)]
 pub(crate) struct Query {
-    socket: OwnedFd,
+    kernel: Box<dyn Kernel>,
+    /// Whether nothing is left there of a question that failed.
+    clean: bool,
     sequence: u32,
     /// Whether both families may be asked for at once.
     both: bool,
@@ -49,11 +111,26 @@ pub(crate) struct Query {
 
 impl Query {
     pub(crate) fn open() -> io::Result<Self> {
-        Ok(Self {
-            socket: open()?,
+        let mut query = Self::to(Box::<Netlink>::default());
+        query.reopen()?;
+        Ok(query)
+    }
+
+    /// Opened by [`scan`](Self::scan).
+    pub(crate) const fn to(kernel: Box<dyn Kernel>) -> Self {
+        Self {
+            kernel,
+            clean: false,
             sequence: 0,
             both: true,
-        })
+        }
+    }
+
+    fn reopen(&mut self) -> io::Result<()> {
+        self.clean = false;
+        self.kernel.open()?;
+        self.clean = true;
+        Ok(())
     }
 
     /// The socket with these ends. None is believable only from a kernel that has answered before:
@@ -71,7 +148,7 @@ impl Query {
         })?;
         let mut buffer = [0; 1024];
         loop {
-            let (length, _) = recv(&self.socket, &mut buffer[..], RecvFlags::DONTWAIT)?;
+            let length = self.kernel.receive(&mut buffer)?;
             for message in Messages::new(&buffer[..length]) {
                 match message {
                     Message::Socket(sequence, row) if sequence == self.sequence => {
@@ -120,6 +197,8 @@ impl Query {
     /// Every socket in these states that the filter lets pass (a program, see
     /// [`ports`](crate::host::ports); empty for all), part by part into `buffer`, which is used again.
     /// An error is one before the first row; what goes wrong later is in [`Read`].
+    ///
+    /// A kernel that is busy is asked once more, over a new socket.
     pub(crate) fn scan(
         &mut self,
         states: u32,
@@ -127,17 +206,41 @@ impl Query {
         buffer: &mut [u8],
         mut each: impl FnMut(&Socket),
     ) -> io::Result<Read> {
+        let answer = self.scan_once(states, filter, buffer, &mut each);
+        let answer = match answer {
+            Err(error) if !is_refused(&error) => {
+                self.clean = false;
+                self.scan_once(states, filter, buffer, &mut each)
+            }
+            answer => answer,
+        };
+        // What is left of the answer must not be taken for the next one's.
+        self.clean &= answer.as_ref().is_ok_and(|read| read.torn.is_none());
+        answer
+    }
+
+    fn scan_once(
+        &mut self,
+        states: u32,
+        filter: &[u8],
+        buffer: &mut [u8],
+        each: &mut impl FnMut(&Socket),
+    ) -> io::Result<Read> {
+        if !self.clean {
+            self.reopen()?;
+        }
         let mut read = Read::default();
         if self.both {
             let request = netlink::ask_both(states, filter, self.next());
-            match self.walk(&request, buffer, &mut read, &mut each) {
+            match self.walk(&request, buffer, &mut read, each) {
                 Ok(()) => return Ok(read),
                 Err(error) if read.rows > 0 => {
                     read.torn = Some(error);
                     return Ok(read);
                 }
                 // Not every kernel knows this question.
-                Err(_) => self.both = false,
+                Err(error) if is_refused(&error) => self.both = false,
+                Err(error) => return Err(error),
             }
         }
         for family in [V4, V6] {
@@ -149,12 +252,15 @@ impl Query {
                 key: None,
             };
             let request = netlink::with_filter(&ask.encode(self.next()), filter);
-            match self.walk(&request, buffer, &mut read, &mut each) {
+            match self.walk(&request, buffer, &mut read, each) {
                 Ok(()) => {}
                 // A kernel that was built without IPv6.
                 Err(error) if family == V6 && is_unknown(&error) => {}
-                Err(error) if family == V4 && read.rows == 0 => return Err(error),
-                Err(error) => read.torn = Some(error),
+                Err(error) if read.rows == 0 && family == V4 => return Err(error),
+                Err(error) => {
+                    read.torn = Some(error);
+                    return Ok(read);
+                }
             }
         }
         Ok(read)
@@ -172,9 +278,9 @@ impl Query {
         read: &mut Read,
         each: &mut impl FnMut(&Socket),
     ) -> io::Result<()> {
-        send(&self.socket, request, SendFlags::DONTWAIT)?;
+        self.kernel.send(request)?;
         loop {
-            let (length, _) = recv(&self.socket, &mut *buffer, RecvFlags::DONTWAIT)?;
+            let length = self.kernel.receive(buffer)?;
             let mut messages = Messages::new(&buffer[..length]);
             let mut end = None;
             for message in messages.by_ref() {
@@ -201,7 +307,7 @@ impl Query {
 
     fn part(&self, buffer: &mut [u8], each: &mut impl FnMut(&Seen)) -> io::Result<()> {
         loop {
-            let (length, _) = recv(&self.socket, &mut *buffer, RecvFlags::DONTWAIT)?;
+            let length = self.kernel.receive(buffer)?;
             for message in Messages::new(&buffer[..length]) {
                 match message {
                     Message::Socket(sequence, row) if sequence == self.sequence => {
@@ -219,7 +325,6 @@ impl Query {
 
     fn ask(&mut self, ask: &Ask<'_>) -> io::Result<()> {
         let request = ask.encode(self.next());
-        send(&self.socket, &request, SendFlags::DONTWAIT)?;
-        Ok(())
+        self.kernel.send(&request)
     }
 }

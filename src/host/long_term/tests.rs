@@ -43,7 +43,7 @@ const fn at(seconds: u64) -> Duration {
 /// A scan of these sockets, all in one group; the ages that it tells, sorted, in seconds.
 fn scan(table: &mut LongTerm, whole: bool, now: u64, sockets: &[Socket]) -> Vec<u64> {
     for socket in sockets {
-        table.see(socket, at(now), |groups| groups.of(key(80)));
+        table.see(socket, at(now), |_| false, |groups| groups.of(key(80)));
     }
     let mut ages = Vec::new();
     table.finish(whole, at(now), |aged| ages.push(aged.age.as_secs()));
@@ -92,7 +92,7 @@ fn what_a_torn_scan_misses_is_counted_and_is_forgotten_in_the_end() {
 fn a_failed_scan_changes_nothing() {
     let (mut table, two) = (table(), [socket(1, 1, 1), socket(2, 2, 2)]);
     scan(&mut table, true, 0, &two);
-    table.see(&two[0], at(1), |groups| groups.of(key(80)));
+    table.see(&two[0], at(1), |_| false, |groups| groups.of(key(80)));
     table.unsee();
     assert_eq!(scan(&mut table, true, 2, &two[1..]), [2]);
     assert_eq!(scan(&mut table, true, 3, &two), [3, 3]);
@@ -254,7 +254,7 @@ proptest! {
             for (place, number) in &shown {
                 let cookie = if cookies { (*number).into() } else { 0 };
                 let socket = socket((*place).into(), cookie, *number);
-                table.see(&socket, at(now), |groups| groups.of(key((place % 4).into())));
+                table.see(&socket, at(now), |_| false, |groups| groups.of(key((place % 4).into())));
             }
             let whole = match step.look {
                 Look::Whole => true,
@@ -272,7 +272,7 @@ proptest! {
             table.finish(whole, at(now), |aged| ages.push((aged.group, aged.age.as_secs())));
             let mut ages: Vec<_> = ages
                 .into_iter()
-                .map(|(group, age)| (table.groups.key(group.index()).port.unwrap() as u8, age))
+                .map(|(group, age)| (table.groups.key(group).port.unwrap() as u8, age))
                 .collect();
             ages.sort_unstable();
             prop_assert_eq!(ages, model.scan(whole, now, &shown));

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::{ESTABLISHED, Feed, LISTEN, MonitorBuilder, Read, Socket, Source};
-use crate::host::sock_diag::{PART, Query};
+use crate::host::sock_diag::{Netlink, PART, Query};
 use crate::host::{proc_tcp, sock_diag};
 
 /// Listening sockets, which are few and stand in a table of their own; and the rest that is in the
@@ -13,17 +13,17 @@ use crate::host::{proc_tcp, sock_diag};
 const LISTENING: u32 = 1 << LISTEN;
 const OTHERS: u32 = 1 << ESTABLISHED | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 8 | sock_diag::CLOSING;
 
-/// Where the kernel did not answer, it is asked again after this time.
-const RETRY: Duration = Duration::from_secs(30);
+/// Where the kernel does not let itself be asked, it is tried again after this time.
+pub(super) const RETRY: Duration = Duration::from_secs(30);
 
 pub(super) struct Reader {
     netlink: bool,
-    failed: Option<Instant>,
-    query: Option<Query>,
+    pub(super) refused: Option<Instant>,
+    pub(super) query: Query,
     /// The kernel's filter.
     program: Vec<u8>,
     buffer: Vec<u8>,
-    net: PathBuf,
+    pub(super) net: PathBuf,
     /// The inodes of this process's sockets, where they are left out.
     own: Option<Vec<u32>>,
 }
@@ -33,8 +33,8 @@ impl Reader {
     pub(super) fn new(settings: &MonitorBuilder, program: Vec<u8>) -> io::Result<Self> {
         Ok(Self {
             netlink: settings.netlink && settings.proc_root.is_none(),
-            failed: None,
-            query: None,
+            refused: None,
+            query: Query::to(Box::<Netlink>::default()),
             program,
             buffer: Vec::new(),
             net: settings.net(),
@@ -62,16 +62,16 @@ impl Reader {
                 feed.row(socket);
             }
         };
-        let asks = self.netlink && self.failed.is_none_or(|at| at.elapsed() >= RETRY);
+        let asks = self.netlink && self.refused.is_none_or(|at| at.elapsed() >= RETRY);
         let mut answer = if asks {
             self.ask(&mut each).map(|read| (Source::Netlink, read))
         } else {
             Err(io::ErrorKind::Unsupported.into())
         };
-        if let Err(refused) = answer {
-            self.query = None;
-            if asks {
-                self.failed = Some(Instant::now());
+        if let Err(why) = answer {
+            // A kernel that was busy is asked at the next scan.
+            if asks && sock_diag::is_refused(&why) {
+                self.refused = Some(Instant::now());
             }
             feed.begin();
             let each = |socket: &Socket| {
@@ -84,13 +84,13 @@ impl Reader {
                 Err(error) => {
                     let file = self.net.join("tcp");
                     let netlink = if asks {
-                        format!("; netlink: {refused}")
+                        format!("; netlink: {why}")
                     } else {
                         String::new()
                     };
                     let text = format!("{}: {error}{netlink}", file.display());
                     // Asked again at once the next time: there is nothing else.
-                    self.failed = None;
+                    self.refused = None;
                     Err(io::Error::new(error.kind(), text))
                 }
             };
@@ -109,20 +109,13 @@ impl Reader {
     }
 
     fn ask(&mut self, each: &mut impl FnMut(&Socket)) -> io::Result<Read> {
-        let query = match &mut self.query {
-            Some(query) => query,
-            none => none.insert(Query::open()?),
-        };
         self.buffer.resize(PART, 0);
         // First, for directions. All of them: a filter is for connections.
-        let listening = query.scan(LISTENING, &[], &mut self.buffer, &mut *each)?;
-        let others = query.scan(OTHERS, &self.program, &mut self.buffer, each)?;
-        self.failed = None;
+        let (query, buffer) = (&mut self.query, &mut self.buffer);
+        let listening = query.scan(LISTENING, &[], buffer, &mut *each)?;
+        let others = query.scan(OTHERS, &self.program, buffer, each)?;
+        self.refused = None;
         let torn = listening.torn.or(others.torn);
-        if torn.is_some() {
-            // What is left of the answer must not be taken for the next one's.
-            self.query = None;
-        }
         Ok(Read {
             rows: listening.rows + others.rows,
             malformed: listening.malformed + others.malformed,

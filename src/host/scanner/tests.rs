@@ -1,5 +1,7 @@
 use super::*;
 
+mod kernel;
+
 #[test]
 fn a_peers_network_keeps_its_first_bits() {
     let socket = |local: &str, peer: &str| Socket {

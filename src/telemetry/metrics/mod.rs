@@ -17,6 +17,8 @@
 mod histograms;
 mod labels;
 mod observables;
+mod shared;
 
 pub(crate) use histograms::Histograms;
 pub(crate) use observables::observe;
+pub(crate) use shared::Shared;

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use opentelemetry::metrics::Meter;
 
+use super::Shared;
 use super::labels::{Admitted, Host, Labels, Sums};
 use crate::event::{Direction, GaugeSource, IoLayer, ProtocolVersion};
 use crate::record::accept_queue::AcceptQueue;
@@ -367,29 +368,6 @@ fn dropped(stats: &Stats, sums: &mut Sums) {
     }
 }
 
-/// The snapshot that the callbacks of one collection share.
-struct Shared {
-    recorder: Recorder,
-    /// The snapshot, and who has answered from it: a bit per observable.
-    current: Mutex<Option<(Arc<Stats>, u64)>>,
-}
-
-impl Shared {
-    fn snapshot(&self, observable: usize) -> Arc<Stats> {
-        let bit = 1 << observable;
-        if let Some((stats, answered)) = &mut *lock(&self.current)
-            && *answered & bit == 0
-        {
-            *answered |= bit;
-            return stats.clone();
-        }
-        // Without the lock: the record asks observers what they lost, and they are foreign.
-        let stats = Arc::new(self.recorder.stats());
-        *lock(&self.current) = Some((stats.clone(), bit));
-        stats
-    }
-}
-
 /// Registers every observable with every meter.
 ///
 /// The callbacks hold the record, so the last counts are exported even after every connection and
@@ -403,16 +381,14 @@ pub(crate) fn observe(meters: &[Meter], recorder: &Recorder) {
 }
 
 fn observe_with(meter: &Meter, recorder: &Recorder, most_folded: &Arc<[AtomicU64]>) {
-    let shared = Arc::new(Shared {
-        recorder: recorder.clone(),
-        current: Mutex::default(),
-    });
+    let shared = Arc::new(Shared::default());
     for (index, (metric, read)) in OBSERVABLES.iter().enumerate() {
-        let (shared, most_folded) = (shared.clone(), most_folded.clone());
+        let (shared, recorder) = (shared.clone(), recorder.clone());
+        let most_folded = most_folded.clone();
         let admitted = Mutex::new(Admitted::default());
         let counter = metric.instrument == Instrument::Counter;
         let collect = move || {
-            let stats = shared.snapshot(index);
+            let stats = shared.snapshot(index, || Arc::new(recorder.stats()));
             let mut sums = Sums::default();
             read(&stats, &mut sums);
             let mut admitted = lock(&admitted);
@@ -427,10 +403,7 @@ fn observe_with(meter: &Meter, recorder: &Recorder, most_folded: &Arc<[AtomicU64
                 out.add(labels, n);
             }
             let before = most_folded[index].fetch_max(folded, Relaxed);
-            shared
-                .recorder
-                .drops()
-                .label_sets(folded.saturating_sub(before));
+            recorder.drops().label_sets(folded.saturating_sub(before));
             out.0
         };
         // A panic here would end the SDK's reader thread for good.
