@@ -48,8 +48,12 @@ pub(crate) fn is_refused(error: &io::Error) -> bool {
     )
 }
 
+/// None for what is no number of an error, which a message may have all the same.
 fn errno(error: &io::Error) -> Option<Errno> {
-    error.raw_os_error().map(Errno::from_raw_os_error)
+    let number = error.raw_os_error()?;
+    (1..4_096)
+        .contains(&number)
+        .then(|| Errno::from_raw_os_error(number))
 }
 
 pub(super) fn open() -> io::Result<OwnedFd> {
