@@ -239,6 +239,22 @@ fn one_that_is_busy_or_out_of_room_is_asked_once_more_at_once() {
 }
 
 #[test]
+fn an_error_whose_number_is_none_is_an_error() {
+    for number in [i32::MIN, -70_000, -4_096, 1, i32::MAX] {
+        let (kernel, mut scanner) = server();
+        scanner.reader.net = "/nothing/like/it".into();
+        kernel.plays(move |asked, _| {
+            let payload = number.to_ne_bytes();
+            Ok(vec![Ok(message(asked, NLMSG_ERROR, 0, &payload))])
+        });
+        assert!(scanner.scan().is_err(), "{number}");
+        kernel.is_honest();
+        later(&mut scanner, 10);
+        assert_eq!(inbound(&scanner.scan().unwrap(), 80), (2, 10));
+    }
+}
+
+#[test]
 fn one_that_stays_busy_is_asked_again_at_the_next_scan() {
     let (kernel, mut scanner) = server();
     scanner.reader.net = "/nothing/like/it".into();
