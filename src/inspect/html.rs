@@ -10,8 +10,10 @@ mod pools;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use crate::event::{ConnectionState, Direction};
-use crate::inspect::query::{Filter, ROWS, STATES, Sort, text as duration};
-use crate::inspect::text::{bytes, clean, date, end, facts, host, maybe, time, tls_version, way};
+use crate::inspect::query::{Filter, STATES, Sort, text as duration};
+use crate::inspect::text::{
+    bytes, clean, date, end, facts, found, host, maybe, time, tls_version, way,
+};
 use crate::inspect::view::{Closed, Connections, One, Page, Row, TraceView, View};
 
 const STYLE: &str = include_str!("page.css");
@@ -92,7 +94,8 @@ pub(super) fn content(page: &Page<'_>, frame: &Frame<'_>) -> Markup {
 }
 
 /// A page that says why there is none.
-pub(super) fn error(status: http::StatusCode, text: &str, nonce: &str) -> String {
+pub(super) fn error(status: http::StatusCode, text: &str, base: &str, nonce: &str) -> String {
+    let home = if base.is_empty() { "/" } else { base };
     html! {
         (DOCTYPE)
         html lang="en" {
@@ -102,7 +105,11 @@ pub(super) fn error(status: http::StatusCode, text: &str, nonce: &str) -> String
                 link rel="icon" href="data:,";
                 style nonce=(nonce) { (PreEscaped(STYLE)) }
             }
-            body { main { h1 { (status) } p { (clean(text)) } } }
+            body { main {
+                h1 { (status) }
+                p { (clean(text)) }
+                p { a href=(home) { "Overview" } }
+            } }
         }
     }
     .into_string()
@@ -126,7 +133,7 @@ fn action(frame: &Frame<'_>, path: &str, of: &[(&str, &str)], text: &str) -> Mar
 /// A number. What is nothing stands back, so that what is something stands out.
 fn td(value: impl ToString) -> Markup {
     let value = value.to_string();
-    let nothing = matches!(&*value, "0" | "-" | "0 B");
+    let nothing = matches!(&*value, "0" | "~0" | "≤0" | "-" | "0 B");
     html! { td.n.z[nothing] { (value) } }
 }
 
@@ -216,7 +223,7 @@ fn connections(view: &Connections, frame: &Frame<'_>) -> Markup {
         div.wide {
             table #connections {
                 caption {
-                    (view.matching) " of " (view.total) " connections, page " (view.page) " of " (view.pages)
+                    (view.matching) " of " (view.total) " connections, page " (view.page) " of " (view.pages) (found(view))
                 }
                 thead { tr {
                     th scope="col" { "Id" }
@@ -327,7 +334,7 @@ fn one(view: &One, frame: &Frame<'_>) -> Markup {
             }
         }
         h2 { "Timeline" }
-        @if view.timeline.is_empty() { p.dim { "Kept for connections whose spans are sampled." } }
+        @if view.timeline.is_empty() { p.dim { "Kept for connections whose spans are sampled, or for all by " code { "Inspect::timelines" } "." } }
         @else {
             div.wide { table {
                 (unseen("What happened, in seconds since the start"))
@@ -378,6 +385,15 @@ fn closed(view: &Closed, frame: &Frame<'_>) -> Markup {
                 }
             } }
         } }
-        @if view.connections.len() == ROWS { p { a href={ (frame.base) "/closed?rows=1000" } { "All that are remembered" } } }
+        @if view.page > 1 || view.more {
+            p {
+                @if view.page > 1 {
+                    a rel="prev" href={ (frame.base) "/closed?" (view.filter.at_page(view.page - 1)) } { "Newer ones" } " "
+                }
+                @if view.more {
+                    a rel="next" href={ (frame.base) "/closed?" (view.filter.at_page(view.page + 1)) } { "Older ones" }
+                }
+            }
+        }
     }
 }

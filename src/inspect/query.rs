@@ -7,7 +7,7 @@ use crate::event::{ConnectionState, Direction};
 use crate::inspect::Place;
 
 /// Rows of a page that says nothing else.
-pub(super) const ROWS: usize = 50;
+const ROWS: usize = 50;
 /// Rows of a page at most.
 const MOST_ROWS: usize = 1_000;
 /// A query is no longer than that.

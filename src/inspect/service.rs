@@ -47,7 +47,7 @@ impl Inspector {
                     let wait = self.budget.wait(Instant::now());
                     tokio::time::sleep(wait.clamp(TOLD, PATIENCE)).await;
                 }
-                refused(&refusal, format, &nonce)
+                refused(&refusal, format, &base(&parts), &nonce)
             }
         };
         self.budget.owe(EXCHANGE, Instant::now());
@@ -385,10 +385,10 @@ fn plain(status: StatusCode, text: &str) -> Response<Body> {
     response
 }
 
-fn refused(refusal: &Refusal, format: Format, nonce: &str) -> Response<Body> {
+fn refused(refusal: &Refusal, format: Format, base: &str, nonce: &str) -> Response<Body> {
     let (status, text) = (refusal.status, &*refusal.text);
     let mut response = match format {
-        Format::Html => content(html::error(status, text, nonce), Format::Html),
+        Format::Html => content(html::error(status, text, base, nonce), Format::Html),
         Format::Text => plain(status, &super::text::escaped(text)),
         Format::Json => {
             let json = serde_json::json!({ "version": super::view::VERSION, "error": text });

@@ -296,6 +296,39 @@ fn one_that_was_closed_is_shown_while_it_is_remembered_and_then_it_is_said() {
     }
 }
 
+/// By the links, as a person goes.
+#[test]
+fn all_that_is_remembered_can_be_paged_through_and_back() {
+    let (conntrack, page) = paged(anywhere());
+    for _ in 0..25 {
+        accept(&conntrack, "http").shut_down();
+    }
+    let link = |html: &str, rel: &str| {
+        let (_, from) = html.split_once(&format!("rel=\"{rel}\" href=\""))?;
+        Some(from.split_once('"')?.0.replace("&amp;", "&"))
+    };
+    let (mut path, mut seen, mut pages) = ("/closed?rows=10".to_owned(), Vec::new(), 0);
+    loop {
+        pages += 1;
+        seen.extend(ids(&json(page, &path)));
+        match link(&html(page, &path).body, "next") {
+            Some(next) => path = next,
+            None => break,
+        }
+    }
+    seen.sort_unstable();
+    seen.dedup();
+    assert_eq!((seen.len(), pages), (25, 3));
+    while let Some(newer) = link(&html(page, &path).body, "prev") {
+        path = newer;
+        pages -= 1;
+    }
+    assert_eq!(pages, 1);
+    // Where nothing is, there is a way back.
+    let lost = html(page, "/connections/nothing").body;
+    assert!(lost.contains("<a href=\"/\">"), "{lost}");
+}
+
 #[test]
 fn what_opens_is_on_an_open_page_without_another_request() {
     let (conntrack, page) = paged(anywhere());

@@ -189,3 +189,44 @@ async fn a_limit_on_requests_shows_its_places() {
         assert!(answer.unwrap().unwrap().status().is_success());
     }
 }
+
+/// What is inferred has its mark for people too.
+#[test]
+fn a_stock_pools_counts_are_marked_as_what_they_are() {
+    use otel_conntrack::stock::pool_events::PoolEventsConfig;
+    use tracing_subscriber::layer::SubscriberExt;
+
+    let builder = Conntrack::builder().stock_pool(PoolEventsConfig::default());
+    let (conntrack, page) = crate::inspect::ask::paged_by(builder, anywhere());
+    let layer = conntrack.stock_pool_layer().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    // Another test of this program may have been first.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let printed = tracing_subscriber::registry().with(layer);
+    let client = tracing::subscriber::with_default(printed, || {
+        runtime.block_on(async {
+            let (url, let_go) = server(&conntrack).await;
+            let_go.add_permits(1);
+            let client = reqwest::Client::builder().no_proxy().build().unwrap();
+            client.get(url).send().await.unwrap().bytes().await.unwrap();
+            // The pool has it back once its task has run.
+            loop {
+                let view = json(page, "/pools");
+                let pools = view["pools"].as_array().unwrap();
+                let stock = pools.iter().find(|pool| pool["name"] == "stock");
+                if stock.is_some_and(|stock| stock["idle"] == 1) {
+                    assert_eq!(stock.unwrap()["idle_source"], "assumed");
+                    break client;
+                }
+                tokio::task::yield_now().await;
+            }
+        })
+    });
+    let html = html(page, "/pools").body;
+    assert!(html.contains(">~1</td>"), "{html}");
+    assert!(html.contains("~ is what"), "{html}");
+    drop(client);
+}

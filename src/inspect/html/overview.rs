@@ -43,9 +43,9 @@ fn family_table(families: &[Family], frame: &Frame<'_>, caption: &str) -> Markup
                 (unseen(caption))
                 thead { tr {
                     th scope="col" { "Name" }
-                    @for head in ["Open", "Active", "Idle"] { th.n scope="col" { (head) } }
+                    @for head in ["Open", "Active", "Idle", "Other"] { th.n scope="col" { (head) } }
                     @if inbound {
-                        @for head in ["New", "Oldest new", "Hijacked", "Limit", "Limit hits", "Accept queue"] {
+                        @for head in ["New", "Oldest new", "Hijacked", "Handshakes", "Limit", "Limit hits", "Accept queue"] {
                             th.n scope="col" { (head) }
                         }
                     } @else {
@@ -64,9 +64,10 @@ fn family_table(families: &[Family], frame: &Frame<'_>, caption: &str) -> Markup
                                 @if family.draining == Some(true) { " " span.busy { "draining" } }
                                 @if frame.token.is_some() { " " (actions(family, frame)) }
                             }
-                            (td(family.open)) (td(family.active)) (td(family.idle))
+                            (td(family.open)) (td(family.active)) (td(family.idle)) (td(family.other))
                             @if inbound {
                                 (td(family.new)) (td(maybe(family.oldest_new, time))) (td(family.hijacked))
+                                (td(maybe(family.tls_handshakes, |n| n.to_string())))
                                 (td(maybe(family.max_connections, |n| n.to_string())))
                                 (td(maybe(family.limit_hits, |n| n.to_string())))
                                 (td(maybe(family.accept_queue, |queue| format!("{} of {}", queue.length, queue.limit))))

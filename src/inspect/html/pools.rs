@@ -4,7 +4,7 @@ use maud::{Markup, html};
 
 use crate::inspect::html::overview::sparkline;
 use crate::inspect::html::{Frame, action, td, trace_link, unseen};
-use crate::inspect::text::{clean, maybe, time};
+use crate::inspect::text::{clean, known, maybe, time};
 use crate::inspect::view::{Pool, PoolKeyView, PoolRow, Pools};
 
 /// Hosts on the page at most, over all pools. JSON has more.
@@ -14,9 +14,12 @@ const MOST_ROWS: usize = 150;
 const FEW_ROWS: usize = 4;
 
 pub(super) fn pool_table<'a>(
-    pools: impl Iterator<Item = &'a PoolRow>,
+    pools: impl Iterator<Item = &'a PoolRow> + Clone,
     frame: &Frame<'_>,
 ) -> Markup {
+    let inferred = pools
+        .clone()
+        .any(|pool| pool.idle_source.is_some_and(|source| source != "observed"));
     let n = |n: Option<u64>| td(maybe(n, |n| n.to_string()));
     html! {
         div.wide {
@@ -41,8 +44,8 @@ pub(super) fn pool_table<'a>(
                                 }
                             }
                             td { (pool.kind.replace('_', " ")) }
-                            (n(pool.active)) (n(pool.idle)) (n(pool.dialing)) (n(pool.in_use))
-                            td.n.z[pool.waiting == 0].busy[pool.waiting > 0] { (pool.waiting) }
+                            (n(pool.active)) (td(maybe(pool.idle, |n| known(n, pool.idle_source)))) (n(pool.dialing)) (n(pool.in_use))
+                            td.n.z[pool.waiting == 0].busy[pool.waiting > 0] { (known(pool.waiting, pool.waiting_source)) }
                             (td(maybe(pool.oldest_wait, time))) (td(pool.waiting_max))
                             td { (sparkline(&pool.trend.waiting, "requests waiting")) }
                             td { ul { @for limit in &pool.limits { li {
@@ -54,6 +57,7 @@ pub(super) fn pool_table<'a>(
                 }
             }
         }
+        @if inferred { p.dim { "~ is what follows from what a stock pool prints, ≤ is at most so many." } }
     }
 }
 
