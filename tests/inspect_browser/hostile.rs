@@ -159,7 +159,8 @@ async fn a_hostile_query_is_refused_in_its_own_words() {
             let shown = tab
                 .eval("document.querySelector('main').children.length")
                 .await;
-            assert_eq!(shown, 2, "{query}");
+            // What is wrong, why, and the way back.
+            assert_eq!(shown, 3, "{query}");
         }
     }
     // The refusals themselves are all there is to say.
