@@ -16,6 +16,7 @@ use std::convert::Infallible;
 use std::error::Error;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -29,6 +30,7 @@ use otel_conntrack::{Conntrack, Dialer, Listener, RequestService, Resolve, Resol
 use support::receiver::{PointValue, Receiver, Store};
 use support::waterfall::print_waterfall;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::Barrier;
 use tower::{Service, ServiceExt};
 use tower_layer::Layer;
 use tracing::Instrument;
@@ -37,6 +39,8 @@ type Failure = Box<dyn Error + Send + Sync>;
 type HttpClient = RequestService<Client<Dialer, Empty<Bytes>>>;
 
 const PATIENCE: Duration = Duration::from_secs(20);
+/// Requests at once.
+const AT_ONCE: usize = 3;
 
 #[tokio::main]
 async fn main() -> Result<(), Failure> {
@@ -109,14 +113,22 @@ async fn main() -> Result<(), Failure> {
 
 /// A hand-written hyper loop on the tracked listener.
 async fn server(mut listener: Listener) {
+    let together = Arc::new(Barrier::new(AT_ONCE));
     loop {
         let (stream, _) = listener.accept().await;
+        let together = together.clone();
         tokio::spawn(async move {
-            let service = service_fn(|request: Request<hyper::body::Incoming>| async move {
-                if request.uri().path() == "/slow" {
-                    tokio::time::sleep(Duration::from_millis(2_500)).await;
+            let service = service_fn(|request: Request<hyper::body::Incoming>| {
+                let together = together.clone();
+                async move {
+                    match request.uri().path() {
+                        "/slow" => tokio::time::sleep(Duration::from_millis(2_500)).await,
+                        // Answered when all of them are here, so each has a connection.
+                        "/together" => drop(together.wait().await),
+                        _ => {}
+                    }
+                    Ok::<_, Infallible>(Response::new(Full::new(Bytes::from("hello\n"))))
                 }
-                Ok::<_, Infallible>(Response::new(Full::new(Bytes::from("hello\n"))))
             });
             // A client that leaves is not an error of ours.
             let _ = auto::Builder::new(TokioExecutor::new())
@@ -142,11 +154,11 @@ async fn workload(
     client: HttpClient,
     address: SocketAddr,
 ) -> Result<(), Failure> {
-    // Three requests one after the other share a connection; three at once need more.
+    // Three requests one after the other share a connection; three at once need three.
     for _ in 0..3 {
         get(client.clone(), address, "/orders").await?;
     }
-    let at_once = (0..3).map(|_| get(client.clone(), address, "/orders"));
+    let at_once = (0..AT_ONCE).map(|_| get(client.clone(), address, "/together"));
     futures_util::future::try_join_all(at_once).await?;
 
     // Any protocol: a raw stream that we close ourselves.
