@@ -124,7 +124,9 @@ async fn server(mut listener: Listener) {
                     match request.uri().path() {
                         "/slow" => tokio::time::sleep(Duration::from_millis(2_500)).await,
                         // Answered when all of them are here, so each has a connection.
-                        "/together" => drop(together.wait().await),
+                        "/together" => {
+                            together.wait().await;
+                        }
                         _ => {}
                     }
                     Ok::<_, Infallible>(Response::new(Full::new(Bytes::from("hello\n"))))
