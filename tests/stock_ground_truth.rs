@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::process::Command;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -225,7 +225,9 @@ fn at_rest_every_count_is_the_servers_own() {
         .enable_all()
         .build()
         .unwrap();
+    let machine = Lateness::start();
     let opened = runtime.block_on(load(&conntrack));
+    let machine = machine.p99();
     assert!(conntrack.stats().close_watch.unwrap().source.as_str() == "kernel");
     if ss("127.0.0.1:1".parse().unwrap()).is_none() {
         eprintln!("`ss` is not installed; the servers' counts stand alone");
@@ -249,18 +251,51 @@ fn at_rest_every_count_is_the_servers_own() {
     assert!(late.len() > 100, "{} of {opened}", late.len());
     let p = |percent: usize| late[(late.len() - 1) * percent / 100];
     println!(
-        "{opened} connections, {} ended by the client; known after p50 {:?} p99 {:?} max {:?}",
+        "{opened} connections, {} ended by the client; known after p50 {:?} p99 {:?} max {:?}; this \
+         machine wakes a thread too late by p99 {machine:?}",
         late.len(),
         p(50),
         p(99),
         p(100)
     );
+    // A notice is two threads that wake, and so is what it is compared with.
     assert!(
-        p(99) < Duration::from_millis(100),
-        "p99 {:?} max {:?}",
+        p(99) < Duration::from_millis(100) + 4 * machine,
+        "p99 {:?} max {:?}, this machine's own {machine:?}",
         p(99),
         p(100)
     );
+}
+
+/// How late this machine wakes a thread that has nothing to do with us: its share of every delay.
+struct Lateness {
+    stop: Arc<AtomicBool>,
+    thread: std::thread::JoinHandle<Vec<Duration>>,
+}
+
+impl Lateness {
+    fn start() -> Self {
+        const PAUSE: Duration = Duration::from_millis(1);
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            let mut late = Vec::new();
+            while !stopped.load(SeqCst) {
+                let begin = Instant::now();
+                std::thread::sleep(PAUSE);
+                late.push(begin.elapsed() - PAUSE);
+            }
+            late
+        });
+        Self { stop, thread }
+    }
+
+    fn p99(self) -> Duration {
+        self.stop.store(true, SeqCst);
+        let mut late = self.thread.join().unwrap();
+        late.sort();
+        late[(late.len() - 1) * 99 / 100]
+    }
 }
 
 /// Rounds of random requests, each followed by rest. Gives back how many connections there were.
