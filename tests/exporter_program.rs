@@ -301,6 +301,19 @@ fn many_scrapers_at_once_all_get_whole_answers() {
     });
 }
 
+/// A load balancer's spare connections, or somebody who means harm.
+#[test]
+fn silent_clients_hold_up_neither_a_scrape_nor_the_health() {
+    let exporter = Exporter::start(&["--duration", "0"]);
+    let connect = || TcpStream::connect(exporter.address).unwrap();
+    let _silent: Vec<_> = (0..50).map(|_| connect()).collect();
+    let begun = Instant::now();
+    for path in ["/-/healthy", "/metrics", "/"] {
+        assert_eq!(exporter.get(path).0, 200);
+    }
+    assert!(begun.elapsed() < Duration::from_secs(5));
+}
+
 // === pages ===
 
 #[test]

@@ -1,33 +1,25 @@
 //! HTTP: `/metrics`, `/` and `/-/healthy`.
 //!
-//! Every answer is made from what the last scan left; none waits for one. Everything is bounded: how
-//! many are connected, how long a head may take, how long a connection lives.
+//! Every answer is made from what the last scan left; none waits for one. What clients may take is
+//! bounded in [`serving`].
 
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus::{Encoder, Registry, TextEncoder};
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
 use super::page;
 use super::settings::Settings;
 use crate::host::Monitor;
+use crate::serving::{self, Bounds};
 
-/// How many scrapers may be connected at once; more wait in the kernel's queue.
-const SCRAPERS: usize = 32;
-/// How long a scraper may take for its request's head, and be silent between two.
-const HEAD: Duration = Duration::from_secs(10);
-/// How long a connection may live: who does not read must not hold a place for ever.
-const LIFE: Duration = Duration::from_secs(120);
-/// How long answers under way may take at the end.
-const CLOSING: Duration = Duration::from_secs(2);
+/// Scrapers, and people who look.
+const BOUNDS: Bounds = Bounds::new(32);
 /// Scans fail for so long at least before the health is bad.
 const UNHEALTHY: Duration = Duration::from_secs(10);
 
@@ -40,64 +32,12 @@ pub(super) struct Site {
 
 /// Serves until it is told to stop; then answers under way are finished.
 pub(super) async fn serve(listener: TcpListener, site: Arc<Site>, mut stop: watch::Receiver<bool>) {
-    let places = Arc::new(Semaphore::new(SCRAPERS));
-    loop {
-        let accepted = async {
-            let place = places.clone().acquire_owned().await.ok()?;
-            Some((listener.accept().await, place))
-        };
-        let accepted = tokio::select! {
-            accepted = accepted => accepted,
-            () = told(&mut stop) => break,
-        };
-        let Some((accepted, place)) = accepted else {
-            break;
-        };
-        let Ok((stream, _)) = accepted else {
-            // Out of descriptors, as a rule: it must not spin.
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            continue;
-        };
-        let (site, stop) = (site.clone(), stop.clone());
-        tokio::spawn(async move {
-            let _place = place;
-            let _ = tokio::time::timeout(LIFE, connection(stream, site, stop)).await;
-        });
-    }
-    drop(listener);
-    // All places are free once nobody is left.
-    let left = places.acquire_many(SCRAPERS as u32);
-    let _ = tokio::time::timeout(CLOSING, left).await;
-}
-
-async fn told(stop: &mut watch::Receiver<bool>) {
+    let answer = move |request| std::future::ready(answer(&request, &site));
     // An error says that the teller is gone: then it is over too.
-    let _ = stop.wait_for(|stop| *stop).await;
-}
-
-async fn connection(
-    stream: tokio::net::TcpStream,
-    site: Arc<Site>,
-    mut stop: watch::Receiver<bool>,
-) {
-    let service = service_fn(move |request| {
-        let response = answer(&request, &site);
-        async move { Ok::<_, Infallible>(response) }
-    });
-    let mut connection = std::pin::pin!(
-        hyper::server::conn::http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(HEAD)
-            .serve_connection(TokioIo::new(stream), service)
-    );
-    // How a scraper's connection ends is its own business.
-    tokio::select! {
-        _ = connection.as_mut() => {}
-        () = told(&mut stop) => {
-            connection.as_mut().graceful_shutdown();
-            let _ = connection.await;
-        }
-    }
+    let told = async move {
+        let _ = stop.wait_for(|stop| *stop).await;
+    };
+    serving::serve(listener, BOUNDS, answer, told).await;
 }
 
 fn answer<B>(request: &Request<B>, site: &Site) -> Response<Full<Bytes>> {
