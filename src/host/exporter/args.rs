@@ -8,95 +8,8 @@ use std::ffi::OsString;
 use clap::builder::{PossibleValuesParser, ValueParser};
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
+use super::specs::{CONFIG, PORT, SETTINGS};
 use crate::config::ConfigError;
-
-/// A setting that flags, environment and file know.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Spec {
-    /// As a flag and in the file; the variable is the same in capitals with `_`.
-    pub(super) name: &'static str,
-    pub(super) default: &'static str,
-    /// Whether it may stand alone, which means `true`.
-    pub(super) alone: bool,
-    value: &'static str,
-    help: &'static str,
-}
-
-impl Spec {
-    pub(super) fn variable(&self) -> String {
-        self.name.to_uppercase().replace('-', "_")
-    }
-}
-
-/// Every setting but the file's name.
-pub(super) const SETTINGS: &[Spec] = &[
-    Spec {
-        name: "simple",
-        default: "false",
-        alone: true,
-        value: "BOOL",
-        help: "One gauge of all long-term connections, without labels, instead of one per port and IP version",
-    },
-    Spec {
-        name: "tcpv6",
-        default: "true",
-        alone: true,
-        value: "BOOL",
-        help: "Look at IPv6 too. IPv4 clients of a server on [::] are IPv4 and always looked at",
-    },
-    Spec {
-        name: "port",
-        default: "-1",
-        alone: false,
-        value: "PORTS",
-        help: "Local ports to look at: 443,8080-8090,https; -1 for all but the exporter's own. May be given several times",
-    },
-    Spec {
-        name: "listen",
-        default: "9690",
-        alone: false,
-        value: "PORT|ADDRESS",
-        help: "Where to serve /metrics: a port, which is bound on 127.0.0.1 only, or an address such as 0.0.0.0:9690 for others to reach it; there is no access control",
-    },
-    Spec {
-        name: "duration",
-        default: "6",
-        alone: false,
-        value: "SECONDS",
-        help: "How long a connection is established before it is long-term, in whole seconds of real time",
-    },
-    Spec {
-        name: "period",
-        default: "1",
-        alone: false,
-        value: "SECONDS",
-        help: "How often the kernel's table is read, from 0.1 to 3600; at most a tenth of the time is spent reading",
-    },
-    Spec {
-        name: "group-by",
-        default: "none",
-        alone: false,
-        value: "GROUP",
-        help: "A further label of conntrack_host_*: subnet/24 (bits of IPv4, 64 of IPv6), subnet/24/56 (of both), cgroup, none",
-    },
-    Spec {
-        name: "proc-root",
-        default: "/proc",
-        alone: false,
-        value: "DIRECTORY",
-        help: "Read the tables under another /proc, such as a host's that is mounted into this container: DIRECTORY/1/net, else DIRECTORY/net",
-    },
-    Spec {
-        name: "otlp",
-        default: "auto",
-        alone: true,
-        value: "BOOL|URL",
-        help: "Send metrics by OTLP too: true (where OTEL_EXPORTER_OTLP_* says), a URL, false; auto if OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_METRICS_ENDPOINT is set",
-    },
-];
-
-/// The file's name: its flag, its variable.
-pub(super) const CONFIG: (&str, &str) = ("config", "CONFIG");
 
 /// What was said on the command line.
 #[derive(Debug)]
@@ -187,7 +100,7 @@ fn command() -> Command {
             // Also `-1`.
             argument = argument.allow_hyphen_values(true);
         }
-        if spec.name == "port" {
+        if spec.name == PORT.name {
             argument = argument.action(ArgAction::Append);
         }
         command = command.arg(argument);

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use super::args::{SETTINGS, Spec};
+use super::specs::{SETTINGS, Spec};
 use crate::config::ConfigError;
 
 /// How long a file may be.

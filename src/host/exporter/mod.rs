@@ -4,8 +4,8 @@
 //! table as [`host`](super) tells. `conntrack-exporter --help` has the settings; a page at `/` shows
 //! the effective ones and where each was said.
 //!
-//! - `args` are the flags, `file` is the config file, `settings` merges them: a flag goes before the
-//!   environment, that before the file, that before the default.
+//! - `specs` are the settings that there are, `args` the flags, `file` is the config file, `settings`
+//!   merges them: a flag goes before the environment, that before the file, that before the default.
 //! - `run` is the service, `serve` its HTTP, `page` what people see, `once` the table of `--once`.
 
 mod args;
@@ -15,6 +15,7 @@ mod page;
 mod run;
 mod serve;
 mod settings;
+mod specs;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

@@ -27,14 +27,11 @@ const WATCH: Duration = Duration::from_secs(1);
 pub(super) fn run(mut settings: Settings) -> Result<(), Failure> {
     log();
     let plan = plan(&settings).map_err(Failure::Usage)?;
-    let setting = settings
-        .of("listen")
-        .map_or_else(String::new, |said| said.setting());
-    let listener = bind(&settings, &setting).map_err(Failure::Run)?;
+    let listener = bind(&settings).map_err(Failure::Run)?;
     // Port 0 has become a real one.
     settings.listen = listener
         .local_addr()
-        .map_err(|error| Failure::Run(refused(&settings, &setting, error)))?;
+        .map_err(|error| Failure::Run(refused(&settings, error)))?;
     let monitor = settings.monitor().leave_out_port(settings.listen.port());
     let monitor = monitor.start().map_err(Failure::Run)?;
 
@@ -112,16 +109,16 @@ fn plan(settings: &Settings) -> Result<crate::telemetry::settings::Plan, ConfigE
     std::mem::take(&mut builder.init).plan()
 }
 
-fn bind(settings: &Settings, setting: &str) -> Result<TcpListener, ConfigError> {
+fn bind(settings: &Settings) -> Result<TcpListener, ConfigError> {
     let listener = TcpListener::bind(settings.listen);
     let listener = listener.and_then(|listener| {
         listener.set_nonblocking(true)?;
         Ok(listener)
     });
-    listener.map_err(|error| refused(settings, setting, error))
+    listener.map_err(|error| refused(settings, error))
 }
 
-fn refused(settings: &Settings, setting: &str, error: std::io::Error) -> ConfigError {
+fn refused(settings: &Settings, error: std::io::Error) -> ConfigError {
     let help = match error.kind() {
         std::io::ErrorKind::AddrInUse => {
             "the address is in use; end who has it (`ss -tlnp` shows it), or give another"
@@ -131,7 +128,8 @@ fn refused(settings: &Settings, setting: &str, error: std::io::Error) -> ConfigE
         }
         _ => "it can't be bound; give an address of this host, such as 127.0.0.1:9690",
     };
-    ConfigError::new(setting, &settings.listen.to_string(), help).with_source(error)
+    let address = settings.listen.to_string();
+    ConfigError::new(&settings.listen_setting, &address, help).with_source(error)
 }
 
 fn no_runtime(error: std::io::Error) -> ConfigError {

@@ -7,8 +7,9 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::args::{CONFIG, Flags, SETTINGS, Spec};
+use super::args::Flags;
 use super::file::{self, Line};
+use super::specs::{self, CONFIG, Spec};
 use crate::config::ConfigError;
 use crate::host::ports::service;
 use crate::host::{GroupBy, Monitor, MonitorBuilder, Ports};
@@ -86,9 +87,12 @@ pub(super) struct Settings {
     pub(super) duration: Duration,
     pub(super) period: Duration,
     pub(super) group_by: GroupBy,
-    proc_root: PathBuf,
+    /// Another than this system's.
+    proc_root: Option<PathBuf>,
     pub(super) otlp: Otlp,
-    /// In the order of [`SETTINGS`].
+    /// Where the address was said, for errors.
+    pub(super) listen_setting: String,
+    /// All of them, in the order of [`specs::SETTINGS`].
     pub(super) said: Vec<Said>,
     /// The file, if there was one.
     pub(super) config: Option<(PathBuf, Origin)>,
@@ -106,26 +110,23 @@ impl Settings {
         };
         let path = config.as_ref();
         let path = path.map_or_else(|| Path::new(""), |(path, _)| path);
-        let said = SETTINGS
-            .iter()
-            .map(|spec| find(spec, flags, environment, path, &lines))
-            .collect::<Result<Vec<_>, _>>()?;
-        let [
-            simple,
-            tcpv6,
-            port,
-            listen,
-            duration,
-            period,
-            group_by,
-            proc_root,
-            otlp,
-        ] = &said[..]
-        else {
-            unreachable!("one for each of the table");
+        let mut said = Vec::new();
+        let mut find = |spec: &Spec| -> Result<Said, ConfigError> {
+            let found = find(spec, flags, environment, path, &lines)?;
+            said.push(found.clone());
+            Ok(found)
         };
+        let simple = find(&specs::SIMPLE)?;
+        let tcpv6 = find(&specs::TCPV6)?;
+        let port = find(&specs::PORT)?;
+        let listen = find(&specs::LISTEN)?;
+        let duration = find(&specs::DURATION)?;
+        let period = find(&specs::PERIOD)?;
+        let group_by = find(&specs::GROUP_BY)?;
+        let proc_root = find(&specs::PROC_ROOT)?;
+        let otlp = find(&specs::OTLP)?;
         let ports = Ports::parse(&port.setting(), &port.value, service)?;
-        let own = read_listen(listen)?;
+        let own = read_listen(&listen)?;
         if ports.without(own.port()).is_none() {
             return Err(port.wrong(
                 "this is the exporter's own port (listen), which is left out, so nothing is left; \
@@ -151,19 +152,15 @@ impl Settings {
             ipv6: tcpv6.boolean()?,
             ports,
             listen: own,
-            duration: seconds(duration)?,
-            period: read_period(period)?,
+            duration: seconds(&duration)?,
+            period: read_period(&period)?,
             group_by: group,
-            proc_root: root,
-            otlp: read_otlp(otlp, environment)?,
+            proc_root: (proc_root.origin != Origin::Default).then_some(root),
+            listen_setting: listen.setting(),
+            otlp: read_otlp(&otlp, environment)?,
             said,
             config,
         })
-    }
-
-    /// What was said about a setting.
-    pub(super) fn of(&self, name: &str) -> Option<&Said> {
-        self.said.iter().find(|said| said.name == name)
     }
 
     /// For the host's table.
@@ -175,9 +172,9 @@ impl Settings {
             .period(self.period)
             .group_by(self.group_by)
             .leave_out_self(self.otlp != Otlp::Off);
-        match self.of("proc-root") {
-            Some(said) if said.origin != Origin::Default => monitor.proc_root(&self.proc_root),
-            _ => monitor,
+        match &self.proc_root {
+            Some(root) => monitor.proc_root(root),
+            None => monitor,
         }
     }
 }

@@ -1,6 +1,7 @@
 use std::collections::HashMap;
 
 use super::super::args;
+use super::super::specs::SETTINGS;
 use super::*;
 
 fn read(arguments: &[&str], variables: &[(&str, &str)]) -> Result<Settings, ConfigError> {
@@ -48,6 +49,13 @@ fn the_defaults_are_the_seeds() {
     );
 }
 
+#[test]
+fn every_setting_is_read_and_shown_in_its_order() {
+    let settings = read(&[], &[]).unwrap();
+    let said = settings.said.iter().map(|said| said.name);
+    assert!(said.eq(SETTINGS.iter().map(|spec| spec.name)));
+}
+
 /// Every setting: the flag before the variable, that before the file, that before the default.
 #[test]
 fn a_flag_goes_before_the_environment_and_that_before_the_file() {
@@ -72,7 +80,8 @@ fn a_flag_goes_before_the_environment_and_that_before_the_file() {
         let flag = format!("--{name}={in_flag}");
         let (config, variables) = (["--conf", file.path()], [(&*variable, in_variable)]);
         let origin = |settings: Settings| {
-            let said = settings.of(name).unwrap().clone();
+            let mut said = settings.said.into_iter();
+            let said = said.find(|said| said.name == name).unwrap();
             (said.value, said.origin.to_string())
         };
         let said = |arguments: &[&str], variables: &[(&str, &str)]| {
