@@ -19,7 +19,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use program::{BOUND, Exporter, File, Scrape, Server, ended, request};
+use program::{BOUND, Exporter, File, Scrape, Server, ended, request, request_with};
 use support::receiver::Receiver;
 
 const LONGTERM: &str = "netstat_tcp_longterm_connections_total";
@@ -364,6 +364,97 @@ fn the_page_has_every_setting_its_origin_and_no_markup_of_others() {
     assert_eq!((status, &*body), (200, ""));
 }
 
+/// DNS rebinding: a web site whose name comes to mean 127.0.0.1 reads what is served there.
+#[test]
+fn on_the_loopback_it_answers_only_to_names_that_are_its_own() {
+    let exporter = Exporter::start(&["--allow-host", "Ops.example,node1"]);
+    let ask = |headers: &str| request_with(exporter.address, "GET /metrics HTTP/1.1", headers);
+    for host in [
+        "127.0.0.1:9690",
+        "[::1]",
+        "localhost:1",
+        "a.localhost",
+        "ops.example",
+        "NODE1:80",
+    ] {
+        assert_eq!(ask(&format!("Host: {host}\r\n")).0, 200, "{host}");
+    }
+    for path in ["/", "/metrics", "/-/healthy", "/nothing"] {
+        let line = format!("GET {path} HTTP/1.1");
+        let host = "Host: evil.example\r\n";
+        let (status, _, text) = request_with(exporter.address, &line, host);
+        assert!(
+            status == 421 && text.contains("--allow-host"),
+            "{status} {text}"
+        );
+    }
+    assert_eq!(ask("Host: localhost\r\nHost: evil.example\r\n").0, 400);
+    // A load balancer's check, which no browser sends.
+    let (status, _, _) = request_with(exporter.address, "GET /-/healthy HTTP/1.0", "");
+    assert_eq!(status, 200);
+    // Who listens for others is asked under whatever name they know it by, unless told its names.
+    let name = "Host: exporter.monitoring.svc:9690\r\n";
+    for (arguments, status) in [
+        (&["--listen", "0.0.0.0:0"][..], 200),
+        (&["--listen", "0.0.0.0:0", "--allow-host", "x"], 421),
+    ] {
+        let exporter = Exporter::start(arguments);
+        let address = ([127, 0, 0, 1], exporter.address.port()).into();
+        assert_eq!(
+            request_with(address, "GET /metrics HTTP/1.1", name).0,
+            status
+        );
+    }
+}
+
+#[test]
+fn a_browser_may_do_nothing_with_an_answer_but_show_it() {
+    let exporter = Exporter::start(&[]);
+    for path in ["/", "/metrics", "/-/healthy", "/nothing"] {
+        let (_, head, page) = exporter.get(path);
+        let head = head.to_lowercase();
+        for word in [
+            "x-content-type-options: nosniff",
+            "cache-control: no-store",
+            "default-src 'none'",
+            "frame-ancestors 'none'",
+        ] {
+            assert!(head.contains(word), "{word} is not in {head}");
+        }
+        // The one style that there is may be used.
+        if let Some((_, rest)) = page.split_once("<style>") {
+            let (style, rest) = rest.split_once("</style>").unwrap();
+            let policy = format!("style-src 'sha256-{}'", sha256(style)).to_lowercase();
+            assert!(head.contains(&policy), "{policy} is not in {head}");
+            assert!(!rest.contains("<style") && !page.contains("style="));
+        }
+    }
+    assert!(exporter.get("/").2.contains("<style>"));
+}
+
+/// In base 64.
+fn sha256(text: &str) -> String {
+    let suite = rustls::crypto::ring::cipher_suite::TLS13_AES_128_GCM_SHA256;
+    let hash = suite
+        .tls13()
+        .unwrap()
+        .common
+        .hash_provider
+        .hash(text.as_bytes());
+    const DIGITS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut out = String::new();
+    for three in hash.as_ref().chunks(3) {
+        let bits = three.iter().chain(&[0, 0]).take(3);
+        let bits = bits.fold(0, |all, byte| all << 8 | usize::from(*byte));
+        for digit in 0..4 {
+            let digit = DIGITS[bits >> (18 - 6 * digit) & 63] as char;
+            out.push(digit);
+        }
+    }
+    out.truncate(hash.as_ref().len().div_ceil(3) * 4 - 1);
+    out + "="
+}
+
 /// Bug 5 of the seed: a read that failed set everything to 0, with no word of why.
 #[test]
 fn a_table_that_goes_away_is_told_and_its_numbers_stay() {
@@ -564,8 +655,11 @@ fn it_stops_when_it_is_told_to_also_while_somebody_is_connected() {
         // One that says nothing, and one between two requests.
         let _silent = TcpStream::connect(exporter.address).unwrap();
         let mut idle = TcpStream::connect(exporter.address).unwrap();
-        std::io::Write::write_all(&mut idle, b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n")
-            .unwrap();
+        std::io::Write::write_all(
+            &mut idle,
+            b"GET /-/healthy HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+        )
+        .unwrap();
         let mut answer = [0; 12];
         std::io::Read::read_exact(&mut idle, &mut answer).unwrap();
         assert_eq!(&answer, b"HTTP/1.1 200");

@@ -11,7 +11,7 @@
 //!
 //! It knows nothing of what is served.
 
-#[cfg(feature = "inspect")]
+#[cfg(any(feature = "inspect", feature = "exporter"))]
 pub(crate) mod hosts;
 mod place;
 

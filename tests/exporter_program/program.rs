@@ -142,9 +142,14 @@ impl Drop for Exporter {
 }
 
 pub fn request(address: SocketAddr, line: &str) -> (u16, String, String) {
+    request_with(address, line, "Host: localhost\r\n")
+}
+
+/// With these headers.
+pub fn request_with(address: SocketAddr, line: &str, headers: &str) -> (u16, String, String) {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(BOUND)).unwrap();
-    let request = format!("{line}\r\nHost: x\r\nConnection: close\r\n\r\n");
+    let request = format!("{line}\r\n{headers}Connection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).unwrap();
     let mut text = String::new();
     stream.read_to_string(&mut text).unwrap();

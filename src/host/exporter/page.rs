@@ -5,15 +5,22 @@ use std::fmt::Write as _;
 use super::settings::{Otlp, Settings};
 use crate::host::Monitor;
 
-const HEAD: &str = "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
-    <title>conntrack-exporter</title><style>\
-    body{font-family:sans-serif;margin:2em auto;max-width:60em;padding:0 1em}\
+/// As [`POLICY`] has its hash.
+const STYLE: &str = "body{font-family:sans-serif;margin:2em auto;max-width:60em;padding:0 1em}\
     table{border-collapse:collapse}td,th{text-align:left;padding:.2em 1em .2em 0;vertical-align:top}\
-    td:nth-child(2){font-family:monospace}</style></head>\n<body><h1>conntrack-exporter</h1>\n";
+    td:nth-child(2){font-family:monospace}";
+
+/// What a browser may do with an answer: show it, in this style.
+pub(super) const POLICY: &str = "default-src 'none'; style-src 'sha256-5Hxb9ASmcWOSDKPf1ZMXjErYrbMvjo+QDavYcOkpkHE='; base-uri 'none'; \
+    form-action 'none'; frame-ancestors 'none'";
 
 /// Whole, as HTML.
 pub(super) fn render(settings: &Settings, monitor: &Monitor) -> String {
-    let mut page = HEAD.to_owned();
+    let mut page = format!(
+        "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
+         <title>conntrack-exporter</title><style>{STYLE}</style></head>\n\
+         <body><h1>conntrack-exporter</h1>\n"
+    );
     let snapshot = monitor.snapshot();
     // Writing to a `String` can't fail.
     let _ = write!(
@@ -75,6 +82,10 @@ fn meant(settings: &Settings, name: &str) -> String {
         }
         "port" => settings.ports.to_string(),
         "listen" => settings.listen.to_string(),
+        "allow-host" => match &settings.allowed {
+            Some(_) => "and IP addresses, localhost, *.localhost".to_owned(),
+            None => "any, for it listens for others".to_owned(),
+        },
         "group-by" => settings.group_by.to_string(),
         "otlp" => match &settings.otlp {
             Otlp::Off => "off".to_owned(),

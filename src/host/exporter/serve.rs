@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use prometheus::{Encoder, Registry, TextEncoder};
 use tokio::net::TcpListener;
@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use super::page;
 use super::settings::Settings;
 use crate::host::Monitor;
-use crate::serving::{self, Bounds};
+use crate::serving::{self, Bounds, hosts};
 
 /// Scrapers, and people who look.
 const BOUNDS: Bounds = Bounds::new(32);
@@ -40,43 +40,87 @@ pub(super) async fn serve(listener: TcpListener, site: Arc<Site>, mut stop: watc
     serving::serve(listener, BOUNDS, answer, told).await;
 }
 
+/// What every answer has: nothing is stored, framed, sniffed or loaded from elsewhere.
+const SECURE: [(HeaderName, &str); 3] = [
+    (header::CACHE_CONTROL, "no-store"),
+    (header::CONTENT_SECURITY_POLICY, page::POLICY),
+    (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+];
+
+const TEXT: &str = "text/plain; charset=utf-8";
+
+fn respond(
+    status: StatusCode,
+    kind: &'static str,
+    text: impl Into<Bytes>,
+) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(text.into()));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    for (name, value) in SECURE.into_iter().chain([(header::CONTENT_TYPE, kind)]) {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    response
+}
+
 fn answer<B>(request: &Request<B>, site: &Site) -> Response<Full<Bytes>> {
-    const TEXT: &str = "text/plain; charset=utf-8";
-    let respond = |status: StatusCode, kind: &'static str, text: String| {
-        let mut response = Response::new(Full::new(Bytes::from(text)));
-        *response.status_mut() = status;
-        let kind = header::HeaderValue::from_static(kind);
-        response.headers_mut().insert(header::CONTENT_TYPE, kind);
-        response
-    };
+    if let Some(allowed) = &site.settings.allowed
+        && let Err((status, why)) = asked_of_us(request.headers(), allowed)
+    {
+        return respond(status, TEXT, why);
+    }
     let path = request.uri().path();
     if !matches!(path, "/" | "/metrics" | "/-/healthy") {
-        let text = "there are /, /metrics and /-/healthy\n";
-        return respond(StatusCode::NOT_FOUND, TEXT, text.to_owned());
+        return respond(
+            StatusCode::NOT_FOUND,
+            TEXT,
+            "there are /, /metrics and /-/healthy\n",
+        );
     }
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
-        let mut response = respond(StatusCode::METHOD_NOT_ALLOWED, TEXT, "GET it\n".to_owned());
-        let allowed = header::HeaderValue::from_static("GET, HEAD");
+        let mut response = respond(StatusCode::METHOD_NOT_ALLOWED, TEXT, "GET it\n");
+        let allowed = HeaderValue::from_static("GET, HEAD");
         response.headers_mut().insert(header::ALLOW, allowed);
         return response;
     }
     match path {
         "/metrics" => match text(&site.registry) {
             Ok(text) => respond(StatusCode::OK, prometheus::TEXT_FORMAT, text),
-            Err(error) => respond(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                TEXT,
-                format!("{error}\n"),
-            ),
+            Err(error) => {
+                let text = format!("{error}\n");
+                respond(StatusCode::INTERNAL_SERVER_ERROR, TEXT, text)
+            }
         },
         "/" => {
             let page = page::render(&site.settings, &site.monitor);
             respond(StatusCode::OK, "text/html; charset=utf-8", page)
         }
         _ => match sick(site) {
-            None => respond(StatusCode::OK, TEXT, "healthy\n".to_owned()),
+            None => respond(StatusCode::OK, TEXT, "healthy\n"),
             Some(why) => respond(StatusCode::SERVICE_UNAVAILABLE, TEXT, why),
         },
+    }
+}
+
+/// Whether the request names us. One without `Host` is no browser's: load balancers ask so.
+fn asked_of_us(headers: &HeaderMap, allowed: &[String]) -> Result<(), (StatusCode, &'static str)> {
+    let mut all = headers.get_all(header::HOST).iter();
+    match (all.next(), all.next()) {
+        (None, _) => Ok(()),
+        (Some(_), Some(_)) => Err((
+            StatusCode::BAD_REQUEST,
+            "the request has more than one Host\n",
+        )),
+        (Some(host), None) => {
+            let known = host
+                .to_str()
+                .is_ok_and(|host| hosts::is_known(host, allowed));
+            let why = "this name is not known here: ask for an IP address or localhost, or allow the \
+                       name with --allow-host\n";
+            known
+                .then_some(())
+                .ok_or((StatusCode::MISDIRECTED_REQUEST, why))
+        }
     }
 }
 

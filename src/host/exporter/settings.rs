@@ -13,6 +13,7 @@ use super::specs::{self, CONFIG, Spec};
 use crate::config::ConfigError;
 use crate::host::ports::service;
 use crate::host::{GroupBy, Monitor, MonitorBuilder, Ports};
+use crate::serving::hosts;
 
 /// The longest `duration`, seconds: ten years.
 const LONGEST: u64 = 10 * 365 * 86_400;
@@ -84,6 +85,8 @@ pub(super) struct Settings {
     pub(super) ipv6: bool,
     pub(super) ports: Ports,
     pub(super) listen: SocketAddr,
+    /// The names under which it may be asked, as [`hosts::is_known`] takes them; none if under any.
+    pub(super) allowed: Option<Vec<String>>,
     pub(super) duration: Duration,
     pub(super) period: Duration,
     pub(super) group_by: GroupBy,
@@ -120,6 +123,7 @@ impl Settings {
         let tcpv6 = find(&specs::TCPV6)?;
         let port = find(&specs::PORT)?;
         let listen = find(&specs::LISTEN)?;
+        let allow_host = find(&specs::ALLOW_HOST)?;
         let duration = find(&specs::DURATION)?;
         let period = find(&specs::PERIOD)?;
         let group_by = find(&specs::GROUP_BY)?;
@@ -133,6 +137,9 @@ impl Settings {
                  give another",
             ));
         }
+        let names = read_names(&allow_host)?;
+        // Who listens for others is asked under names that we can't know, and has no access control.
+        let checks = own.ip().to_canonical().is_loopback() || allow_host.origin != Origin::Default;
         let group = group_by
             .value
             .parse::<GroupBy>()
@@ -152,6 +159,7 @@ impl Settings {
             ipv6: tcpv6.boolean()?,
             ports,
             listen: own,
+            allowed: checks.then_some(names),
             duration: seconds(&duration)?,
             period: read_period(&period)?,
             group_by: group,
@@ -242,6 +250,18 @@ fn read_listen(said: &Said) -> Result<SocketAddr, ConfigError> {
         "must be a port, such as 9690, or an address and a port, such as 0.0.0.0:9690 or [::]:9690"
     };
     Err(said.wrong(help))
+}
+
+fn read_names(said: &Said) -> Result<Vec<String>, ConfigError> {
+    let name = |text: &str| {
+        hosts::name(text.trim()).ok_or_else(|| {
+            said.wrong(
+                "must be names of hosts, without scheme and port, such as exporter.internal,node1; \
+                 IP addresses are answered anyway",
+            )
+        })
+    };
+    said.value.split(',').map(name).collect()
 }
 
 fn seconds(said: &Said) -> Result<Duration, ConfigError> {

@@ -21,7 +21,16 @@ impl Spec {
 
 /// Every setting but the file's name, in the order in which they are shown.
 pub(super) const SETTINGS: &[&Spec] = &[
-    &SIMPLE, &TCPV6, &PORT, &LISTEN, &DURATION, &PERIOD, &GROUP_BY, &PROC_ROOT, &OTLP,
+    &SIMPLE,
+    &TCPV6,
+    &PORT,
+    &LISTEN,
+    &ALLOW_HOST,
+    &DURATION,
+    &PERIOD,
+    &GROUP_BY,
+    &PROC_ROOT,
+    &OTLP,
 ];
 
 /// The file's name: its flag, its variable.
@@ -57,6 +66,14 @@ pub(super) const LISTEN: Spec = Spec {
     alone: false,
     value: "PORT|ADDRESS",
     help: "Where to serve /metrics: a port, which is bound on 127.0.0.1 only, or an address such as 0.0.0.0:9690 for others to reach it; there is no access control",
+};
+
+pub(super) const ALLOW_HOST: Spec = Spec {
+    name: "allow-host",
+    default: "localhost",
+    alone: false,
+    value: "NAMES",
+    help: "Names under which it may be asked, besides IP addresses and those that end in .localhost: exporter.internal,node1; others get 421. Without it, an address that others can reach answers under any name",
 };
 
 pub(super) const DURATION: Spec = Spec {

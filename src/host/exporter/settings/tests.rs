@@ -64,6 +64,7 @@ fn a_flag_goes_before_the_environment_and_that_before_the_file() {
         ("tcpv6", ["false", "1", "F"]),
         ("port", ["1", "2", "3"]),
         ("listen", ["11", "12", "13"]),
+        ("allow-host", ["a.example", "b.example,c", "localhost"]),
         ("duration", ["1", "2", "3"]),
         ("period", ["2", "3", "4"]),
         ("group-by", ["cgroup", "subnet/1/2", "none"]),
@@ -181,6 +182,18 @@ fn what_can_not_be_used_is_named_with_its_place_and_the_way_out() {
             "0.0.0.0:9690",
         ),
         (
+            &["--allow-host", "http://x"],
+            &[],
+            "allow-host (flag --allow-host)",
+            "without scheme",
+        ),
+        (
+            &[],
+            &[("ALLOW_HOST", "a,")],
+            "allow-host (environment variable ALLOW_HOST)",
+            "names of hosts",
+        ),
+        (
             &["--duration", "-1"],
             &[],
             "duration (flag --duration)",
@@ -276,4 +289,22 @@ fn go_style_booleans_addresses_and_otlp_are_read() {
     assert_eq!(read(&["--otlp"], &[]).unwrap().otlp, Otlp::On);
     let to = Otlp::To("http://x:1".to_owned());
     assert_eq!(read(&["--otlp=http://x:1"], &[]).unwrap().otlp, to);
+}
+
+#[test]
+fn names_are_checked_on_the_loopback_and_where_some_were_said() {
+    let allowed = |arguments: &[&str]| read(arguments, &[]).unwrap().allowed;
+    let names = |names: &[&str]| Some(names.iter().map(ToString::to_string).collect());
+    for listen in ["9690", "127.0.0.2:1", "[::1]:1", "[::ffff:127.0.0.1]:1"] {
+        assert_eq!(
+            allowed(&["--listen", listen]),
+            names(&["localhost"]),
+            "{listen}"
+        );
+    }
+    for listen in ["0.0.0.0:1", "[::]:1", "192.0.2.1:1"] {
+        assert_eq!(allowed(&["--listen", listen]), None, "{listen}");
+        let said = ["--listen", listen, "--allow-host", "A.example., b"];
+        assert_eq!(allowed(&said), names(&["a.example", "b"]), "{listen}");
+    }
 }
