@@ -263,10 +263,35 @@ fn metrics_go_out_by_otlp_and_that_connection_is_left_out() {
         let scrape = exporter.scrape();
         assert_eq!(scrape.value("conntrack_host_connections", &labels), None);
     }
+    let (_, _, page) = exporter.get("/");
+    let words = "sent to the endpoint of OTEL_EXPORTER_OTLP_ENDPOINT every 100ms";
+    assert!(page.contains(words) && !page.contains(&endpoint), "{page}");
     exporter.signal("TERM");
     let (status, said) = exporter.wait();
     assert!(status.success(), "{said}");
-    assert!(!said.contains("not sent"), "{said}");
+    assert!(!said.contains("not sent") && said.contains(words), "{said}");
+}
+
+/// What is told is what is so: nothing is sent, and what is wrong about traces is another program's.
+#[test]
+fn where_nothing_is_sent_by_otlp_the_page_says_so_and_why() {
+    let endpoint = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9");
+    let traces = ("OTEL_TRACES_SAMPLER", "nonsense");
+    for (variable, words) in [
+        (
+            ("OTEL_SDK_DISABLED", "true"),
+            "off: OTEL_SDK_DISABLED is true",
+        ),
+        (
+            ("OTEL_METRICS_EXPORTER", "none"),
+            "off: OTEL_METRICS_EXPORTER is none",
+        ),
+    ] {
+        let variables = [endpoint, traces, variable, ("LISTEN", "0")];
+        let exporter = Exporter::start_with(&[], &variables);
+        let (_, _, page) = exporter.get("/");
+        assert!(page.contains(words), "{words} is not in {page}");
+    }
 }
 
 /// Bug 2 and 6 of the seed: a look waited for name servers; and two threads shared a map.

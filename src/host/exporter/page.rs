@@ -2,8 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::settings::{Otlp, Settings};
-use crate::host::Monitor;
+use super::serve::Site;
 
 /// As [`POLICY`] has its hash.
 const STYLE: &str = "body{font-family:sans-serif;margin:2em auto;max-width:60em;padding:0 1em}\
@@ -15,7 +14,8 @@ pub(super) const POLICY: &str = "default-src 'none'; style-src 'sha256-5Hxb9ASmc
     form-action 'none'; frame-ancestors 'none'";
 
 /// Whole, as HTML.
-pub(super) fn render(settings: &Settings, monitor: &Monitor) -> String {
+pub(super) fn render(site: &Site) -> String {
+    let (settings, monitor) = (&site.settings, &site.monitor);
     let mut page = format!(
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
          <title>conntrack-exporter</title><style>{STYLE}</style></head>\n\
@@ -49,7 +49,7 @@ pub(super) fn render(settings: &Settings, monitor: &Monitor) -> String {
             "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
             said.name,
             escaped(&shown(said.name, &said.value)),
-            escaped(&meant(settings, said.name)),
+            escaped(&meant(site, said.name)),
             escaped(&said.origin.to_string()),
         );
     }
@@ -75,7 +75,8 @@ fn shown(name: &str, value: &str) -> String {
 }
 
 /// What became of it, where that is not plain.
-fn meant(settings: &Settings, name: &str) -> String {
+fn meant(site: &Site, name: &str) -> String {
+    let settings = &site.settings;
     match name {
         "port" if settings.ports.is_all() => {
             format!("all but {}, the exporter's own", settings.listen.port())
@@ -87,10 +88,7 @@ fn meant(settings: &Settings, name: &str) -> String {
             None => "any, for it listens for others".to_owned(),
         },
         "group-by" => settings.group_by.to_string(),
-        "otlp" => match &settings.otlp {
-            Otlp::Off => "off".to_owned(),
-            Otlp::On | Otlp::To(_) => "on".to_owned(),
-        },
+        "otlp" => site.otlp.clone(),
         _ => String::new(),
     }
 }

@@ -10,40 +10,37 @@ use opentelemetry_sdk::metrics::SdkMeterProvider;
 use tokio::sync::watch;
 
 use super::Failure;
+use super::otlp::Sending;
 use super::serve::{self, Site};
 use super::settings::{Otlp, Settings};
+use super::specs::LISTEN;
 use crate::config::ConfigError;
-use crate::conntrack::Conntrack;
 use crate::host::Monitor;
-use crate::telemetry::runtime::TelemetryRuntime;
-use crate::telemetry::{names, otlp};
+use crate::telemetry::names;
 
-/// How long the last export may take.
-const FLUSH: Duration = Duration::from_secs(5);
 /// How often it is looked whether scans fail.
 const WATCH: Duration = Duration::from_secs(1);
 
 /// Runs until SIGTERM or SIGINT.
 pub(super) fn run(mut settings: Settings) -> Result<(), Failure> {
     log();
-    let plan = plan(&settings).map_err(Failure::Usage)?;
+    let sending = Sending::plan(&settings, std::env::vars_os()).map_err(Failure::Usage)?;
     let listener = bind(&settings).map_err(Failure::Run)?;
     // Port 0 has become a real one.
     settings.listen = listener
         .local_addr()
         .map_err(|error| Failure::Run(refused(&settings, error)))?;
-    let monitor = settings.monitor().leave_out_port(settings.listen.port());
+    let monitor = settings
+        .monitor()
+        .leave_out_port(settings.listen.port())
+        .leave_out_self(sending.on);
     let monitor = monitor.start().map_err(Failure::Run)?;
 
     // One provider for each exporter: with two readers on one, series that are gone come back.
     let registry = prometheus::Registry::new();
-    let for_prometheus = for_prometheus(&plan, &registry, &monitor, settings.simple);
+    let for_prometheus = for_prometheus(&sending, &registry, &monitor, settings.simple);
     let _for_prometheus = for_prometheus.map_err(Failure::Run)?;
-    let exporting = if plan.metrics.is_some() && !plan.disabled {
-        Some(Exporting::start(&plan, &monitor).map_err(Failure::Run)?)
-    } else {
-        None
-    };
+    let exporting = sending.start(&monitor).map_err(Failure::Run)?;
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -60,10 +57,14 @@ pub(super) fn run(mut settings: Settings) -> Result<(), Failure> {
         monitor.snapshot().scan.source.as_str(),
         settings.period
     );
+    if sending.on || settings.otlp != Otlp::Auto {
+        eprintln!("conntrack-exporter: metrics by OTLP: {}", sending.words);
+    }
     let site = Arc::new(Site {
         settings,
         monitor,
         registry,
+        otlp: sending.words,
     });
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::from_std(listener);
@@ -100,15 +101,6 @@ fn log() {
     let _ = subscriber.try_init();
 }
 
-/// Endpoint, resource, headers and all, as `OTEL_*` say.
-fn plan(settings: &Settings) -> Result<crate::telemetry::settings::Plan, ConfigError> {
-    let mut builder = Conntrack::builder().otlp(settings.otlp != Otlp::Off);
-    if let Otlp::To(endpoint) = &settings.otlp {
-        builder = builder.otlp_endpoint(endpoint);
-    }
-    std::mem::take(&mut builder.init).plan()
-}
-
 fn bind(settings: &Settings) -> Result<TcpListener, ConfigError> {
     let listener = TcpListener::bind(settings.listen);
     let listener = listener.and_then(|listener| {
@@ -129,15 +121,15 @@ fn refused(settings: &Settings, error: std::io::Error) -> ConfigError {
         _ => "it can't be bound; give an address of this host, such as 127.0.0.1:9690",
     };
     let address = settings.listen.to_string();
-    ConfigError::new(&settings.listen_setting, &address, help).with_source(error)
+    ConfigError::new(&settings.setting(&LISTEN), &address, help).with_source(error)
 }
 
-fn no_runtime(error: std::io::Error) -> ConfigError {
+pub(super) fn no_runtime(error: std::io::Error) -> ConfigError {
     ConfigError::new("runtime", "1 thread", "the system has no room for it").with_source(error)
 }
 
 fn for_prometheus(
-    plan: &crate::telemetry::settings::Plan,
+    sending: &Sending,
     registry: &prometheus::Registry,
     monitor: &Monitor,
     simple: bool,
@@ -150,7 +142,7 @@ fn for_prometheus(
         .with_registry(registry.clone())
         .build()
         .map_err(|error| refused(&error))?;
-    let provider = otlp::meters(&plan.resource).with_reader(exporter).build();
+    let provider = sending.unsent().with_reader(exporter).build();
     // Ages are a histogram there.
     let wanted = |metric: &names::Metric| metric.name != names::HOST_AGES.name;
     monitor.observe_those(
@@ -161,41 +153,6 @@ fn for_prometheus(
         .register(Box::new(monitor.collector(simple)))
         .map_err(|error| refused(&error))?;
     Ok(provider)
-}
-
-/// OTLP, on a small runtime of its own.
-struct Exporting {
-    provider: SdkMeterProvider,
-    _runtime: TelemetryRuntime,
-}
-
-impl Exporting {
-    fn start(
-        plan: &crate::telemetry::settings::Plan,
-        monitor: &Monitor,
-    ) -> Result<Self, ConfigError> {
-        let runtime = TelemetryRuntime::start().map_err(no_runtime)?;
-        let provider = otlp::meter_provider(plan, runtime.handle(), &Arc::default())?;
-        // Asked for only where metrics go out.
-        let provider = provider.unwrap_or_default();
-        monitor.observe(&provider.meter_with_scope(crate::telemetry::scope(0)));
-        Ok(Self {
-            provider,
-            _runtime: runtime,
-        })
-    }
-
-    /// The last export, within a bound: the SDK's own is longer, so it is not waited for beyond.
-    fn stop(self) {
-        let Self { provider, _runtime } = self;
-        let (told, done) = std::sync::mpsc::channel();
-        let _ = std::thread::Builder::new()
-            .name("conntrack-flush".to_owned())
-            .spawn(move || told.send(provider.shutdown_with_timeout(FLUSH).is_ok()));
-        if !matches!(done.recv_timeout(FLUSH), Ok(true)) {
-            eprintln!("conntrack-exporter: the last metrics were not sent");
-        }
-    }
 }
 
 /// Says when scans begin to fail and when they work again. Never ends.

@@ -28,6 +28,8 @@ pub(super) struct Site {
     pub(super) settings: Settings,
     pub(super) monitor: Monitor,
     pub(super) registry: Registry,
+    /// What is sent by OTLP, in words.
+    pub(super) otlp: String,
 }
 
 /// Serves until it is told to stop; then answers under way are finished.
@@ -92,7 +94,7 @@ fn answer<B>(request: &Request<B>, site: &Site) -> Response<Full<Bytes>> {
             }
         },
         "/" => {
-            let page = page::render(&site.settings, &site.monitor);
+            let page = page::render(site);
             respond(StatusCode::OK, "text/html; charset=utf-8", page)
         }
         _ => match sick(site) {

@@ -48,7 +48,7 @@ pub(super) struct Said {
 
 impl Said {
     /// How errors call it.
-    pub(super) fn setting(&self) -> String {
+    fn setting(&self) -> String {
         format!("{} ({})", self.name, self.origin)
     }
 
@@ -72,8 +72,10 @@ impl Said {
 /// Whether and where to metrics are sent.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Otlp {
+    /// As the environment says.
+    Auto,
     Off,
-    /// Where the environment says.
+    /// To where the environment says.
     On,
     To(String),
 }
@@ -93,8 +95,6 @@ pub(super) struct Settings {
     /// Another than this system's.
     proc_root: Option<PathBuf>,
     pub(super) otlp: Otlp,
-    /// Where the address was said, for errors.
-    pub(super) listen_setting: String,
     /// All of them, in the order of [`specs::SETTINGS`].
     pub(super) said: Vec<Said>,
     /// The file, if there was one.
@@ -164,11 +164,16 @@ impl Settings {
             period: read_period(&period)?,
             group_by: group,
             proc_root: (proc_root.origin != Origin::Default).then_some(root),
-            listen_setting: listen.setting(),
-            otlp: read_otlp(&otlp, environment)?,
+            otlp: read_otlp(&otlp)?,
             said,
             config,
         })
+    }
+
+    /// How errors call one of them.
+    pub(super) fn setting(&self, spec: &Spec) -> String {
+        let said = self.said.iter().find(|said| said.name == spec.name);
+        said.map_or_else(|| spec.name.to_owned(), Said::setting)
     }
 
     /// For the host's table.
@@ -178,8 +183,7 @@ impl Settings {
             .ipv6(self.ipv6)
             .duration(self.duration)
             .period(self.period)
-            .group_by(self.group_by)
-            .leave_out_self(self.otlp != Otlp::Off);
+            .group_by(self.group_by);
         match &self.proc_root {
             Some(root) => monitor.proc_root(root),
             None => monitor,
@@ -282,18 +286,9 @@ fn read_period(said: &Said) -> Result<Duration, ConfigError> {
         .ok_or_else(|| said.wrong(help))
 }
 
-fn read_otlp(said: &Said, environment: Environment<'_>) -> Result<Otlp, ConfigError> {
+fn read_otlp(said: &Said) -> Result<Otlp, ConfigError> {
     if said.value == "auto" {
-        let set = |name: &str| environment(name).is_some_and(|value| !value.is_empty());
-        let endpoints = [
-            "OTEL_EXPORTER_OTLP_ENDPOINT",
-            "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
-        ];
-        return Ok(if endpoints.into_iter().any(set) {
-            Otlp::On
-        } else {
-            Otlp::Off
-        });
+        return Ok(Otlp::Auto);
     }
     if said.value.contains("://") {
         return Ok(Otlp::To(said.value.clone()));

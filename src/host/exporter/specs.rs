@@ -113,5 +113,5 @@ pub(super) const OTLP: Spec = Spec {
     default: "auto",
     alone: true,
     value: "BOOL|URL",
-    help: "Send metrics by OTLP too: true (where OTEL_EXPORTER_OTLP_* says), a URL, false; auto if OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_METRICS_ENDPOINT is set",
+    help: "Send metrics by OTLP too: true (where OTEL_EXPORTER_OTLP_* says), a URL, false; auto if OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_METRICS_ENDPOINT is set or OTEL_METRICS_EXPORTER is otlp, and not if that is none",
 };

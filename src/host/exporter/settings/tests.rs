@@ -40,7 +40,7 @@ fn the_defaults_are_the_seeds() {
     assert_eq!(settings.listen.to_string(), "127.0.0.1:9690");
     assert_eq!(settings.duration, Duration::from_secs(6));
     assert_eq!(settings.period, Duration::from_secs(1));
-    assert_eq!(settings.otlp, Otlp::Off);
+    assert_eq!(settings.otlp, Otlp::Auto);
     assert!(
         settings
             .said
@@ -123,7 +123,6 @@ fn the_flag_names_the_file_before_the_variable() {
 #[test]
 fn what_can_not_be_used_is_named_with_its_place_and_the_way_out() {
     let file = File::new("wrong", "\nduration six");
-    let otlp_environment = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://x");
     for (arguments, variables, setting, help) in [
         (
             &["--simple=maybe"][..],
@@ -231,12 +230,7 @@ fn what_can_not_be_used_is_named_with_its_place_and_the_way_out() {
             "proc-root (flag --proc-root)",
             "no such directory",
         ),
-        (
-            &["--otlp=maybe"],
-            &[otlp_environment],
-            "otlp (flag --otlp)",
-            "URL",
-        ),
+        (&["--otlp=maybe"], &[], "otlp (flag --otlp)", "URL"),
         (
             &["--conf", file.path()],
             &[],
@@ -283,9 +277,8 @@ fn go_style_booleans_addresses_and_otlp_are_read() {
         let settings = read(&["--listen", value], &[]).unwrap();
         assert_eq!(settings.listen.to_string(), expected);
     }
-    let endpoint = [("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "http://x:1")];
-    assert_eq!(read(&[], &endpoint).unwrap().otlp, Otlp::On);
-    assert_eq!(read(&["--otlp=false"], &endpoint).unwrap().otlp, Otlp::Off);
+    assert_eq!(read(&["--otlp=auto"], &[]).unwrap().otlp, Otlp::Auto);
+    assert_eq!(read(&["--otlp=false"], &[]).unwrap().otlp, Otlp::Off);
     assert_eq!(read(&["--otlp"], &[]).unwrap().otlp, Otlp::On);
     let to = Otlp::To("http://x:1".to_owned());
     assert_eq!(read(&["--otlp=http://x:1"], &[]).unwrap().otlp, to);
