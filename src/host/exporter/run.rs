@@ -73,7 +73,7 @@ pub(super) fn run(mut settings: Settings) -> Result<(), Failure> {
         let serving = serve::serve(listener, site.clone(), stopped);
         let told = async {
             tokio::select! {
-                () = signals.wait() => {}
+                _ = signals.wait() => {}
                 () = tell_failures(&site.monitor) => {}
             }
             // Nobody listens only if serving is over.
@@ -184,35 +184,38 @@ async fn tell_failures(monitor: &Monitor) {
 }
 
 #[cfg(unix)]
-struct Signals([tokio::signal::unix::Signal; 2]);
+pub(super) struct Signals([tokio::signal::unix::Signal; 2]);
 
 #[cfg(unix)]
 impl Signals {
-    fn new() -> std::io::Result<Self> {
+    pub(super) fn new() -> std::io::Result<Self> {
         use tokio::signal::unix::{SignalKind, signal};
         let [one, two] = [SignalKind::terminate(), SignalKind::interrupt()].map(signal);
         Ok(Self([one?, two?]))
     }
 
-    async fn wait(self) {
+    /// Its number.
+    pub(super) async fn wait(self) -> i32 {
+        use tokio::signal::unix::SignalKind;
         let [mut one, mut two] = self.0;
         tokio::select! {
-            _ = one.recv() => {}
-            _ = two.recv() => {}
+            _ = one.recv() => SignalKind::terminate().as_raw_value(),
+            _ = two.recv() => SignalKind::interrupt().as_raw_value(),
         }
     }
 }
 
 #[cfg(not(unix))]
-struct Signals;
+pub(super) struct Signals;
 
 #[cfg(not(unix))]
 impl Signals {
-    fn new() -> std::io::Result<Self> {
+    pub(super) fn new() -> std::io::Result<Self> {
         Ok(Self)
     }
 
-    async fn wait(self) {
+    pub(super) async fn wait(self) -> i32 {
         let _ = tokio::signal::ctrl_c().await;
+        2
     }
 }
