@@ -628,6 +628,7 @@ fn what_is_not_understood_is_exit_code_2_and_named() {
             &[],
             ["simple (flag --simple)", "true or false"],
         ),
+        (&["--otlp", "http://x"], &[], ["write --otlp=URL", "Usage"]),
         (
             &["--port", "70000"],
             &[],

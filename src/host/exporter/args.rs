@@ -6,9 +6,10 @@
 use std::ffi::OsString;
 
 use clap::builder::{PossibleValuesParser, ValueParser};
+use clap::error::ErrorKind;
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
-use super::specs::{CONFIG, PORT, SETTINGS};
+use super::specs::{CONFIG, PORT, SETTINGS, Spec};
 use crate::config::ConfigError;
 
 /// What was said on the command line.
@@ -49,8 +50,28 @@ impl Flags {
 
 /// Reads the command line; the error may be help or version.
 pub(super) fn parse(arguments: Vec<OsString>) -> Result<Flags, clap::Error> {
-    let arguments = arguments.into_iter().map(two_dashes);
-    command().try_get_matches_from(arguments).map(Flags)
+    let arguments: Vec<_> = arguments.into_iter().map(two_dashes).collect();
+    let matches = command().try_get_matches_from(&arguments);
+    matches.map(Flags).map_err(|error| {
+        let hint = (error.kind() == ErrorKind::UnknownArgument).then(|| apart(&arguments));
+        match hint.flatten() {
+            Some(hint) => command().error(ErrorKind::UnknownArgument, hint),
+            None => error,
+        }
+    })
+}
+
+/// `--otlp URL`: what may stand alone takes its value by `=`, as in Go.
+fn apart(arguments: &[OsString]) -> Option<String> {
+    arguments.windows(2).find_map(|two| {
+        let [flag, value] = [two[0].to_str()?, two[1].to_str()?];
+        let alone = |spec: &&&Spec| spec.alone && flag.strip_prefix("--") == Some(spec.name);
+        SETTINGS.iter().find(alone)?;
+        // It may be a secret's.
+        let shown = if value.contains("://") { "URL" } else { value };
+        (!value.starts_with('-'))
+            .then(|| format!("{flag} takes its value by `=`: write {flag}={shown}"))
+    })
 }
 
 /// tcp_established_exporter's flags may have one dash, as all of Go's.
@@ -67,6 +88,8 @@ fn two_dashes(argument: OsString) -> OsString {
 fn command() -> Command {
     let mut command = Command::new("conntrack-exporter")
         .version(env!("CARGO_PKG_VERSION"))
+        // Of several, the last: as Go's flags.
+        .args_override_self(true)
         .about("The TCP connections of this host for Prometheus and OTLP: how many, on which ports, and for how long")
         .long_about(
             "The TCP connections of this host for Prometheus and OTLP: how many, on which ports, and for how long.\n\n\
@@ -76,7 +99,8 @@ fn command() -> Command {
         .after_help(
             "Every setting is a flag, an environment variable (SIMPLE, GROUP_BY, ...) and a line of the \
              config file (`simple true`, `port=443`, `simple` alone; # begins a comment). A flag goes \
-             before the environment, that before the file. OTLP is set up by OTEL_*.\n\n\
+             before the environment, that before the file; of a flag that is given several times, the \
+             last counts, but ports are added up. OTLP is set up by OTEL_*.\n\n\
              Exit codes: 0, 1 where it can't run, 2 where a setting can't be used.",
         );
     for spec in SETTINGS {
@@ -164,6 +188,12 @@ mod tests {
             (&["--conf", "x"], "config", Some("x")),
             (&["-config=x"], "config", Some("x")),
             (&["--otlp=http://x"], "otlp", Some("http://x")),
+            // Go's flags take the last; our ports are added up.
+            (&["-listen=1", "--listen", "2"], "listen", Some("2")),
+            (&["-simple", "-simple=false"], "simple", Some("false")),
+            (&["--conf", "x", "--config=y"], "config", Some("y")),
+            (&["-port=80", "-port=81"], "port", Some("80,81")),
+            (&["--once", "--once"], "simple", None),
             (&[], "simple", None),
         ] {
             let flags = parsed(arguments).unwrap();
@@ -174,10 +204,29 @@ mod tests {
             &["--simple", "true"][..],
             &["--nothing"],
             &["--port"],
-            &["--listen", "1", "--listen", "2"],
+            &["443"],
             &["--completions", "cobol"],
         ] {
             assert_eq!(parsed(wrong).unwrap_err().exit_code(), 2, "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_value_that_stands_apart_is_told_where_it_belongs() {
+        for (arguments, hint) in [
+            (&["--simple", "true"][..], Some("write --simple=true")),
+            (&["-tcpv6", "false", "--once"], Some("write --tcpv6=false")),
+            (
+                &["--otlp", "http://user:secret@x"],
+                Some("write --otlp=URL"),
+            ),
+            (&["--otlp", "--nothing"], None),
+            (&["--listen", "1", "x"], None),
+        ] {
+            let error = parsed(arguments).unwrap_err().to_string();
+            assert_eq!(error.contains("by `=`"), hint.is_some(), "{error}");
+            assert!(error.contains(hint.unwrap_or_default()), "{error}");
+            assert!(!error.contains("secret"), "{error}");
         }
     }
 

@@ -57,7 +57,7 @@ pub(super) const PORT: Spec = Spec {
     default: "-1",
     alone: false,
     value: "PORTS",
-    help: "Local ports to look at: 443,8080-8090,https; -1 for all but the exporter's own. May be given several times",
+    help: "Local ports to look at: 443,8080-8090,https; -1 for all but the exporter's own. Given several times, they are added up",
 };
 
 pub(super) const LISTEN: Spec = Spec {
