@@ -217,6 +217,30 @@ fn states_queues_ages_and_the_kernels_counts_are_told() {
 }
 
 #[test]
+fn what_goes_beyond_the_bounds_is_summed_or_counted() {
+    let servers = [2, 3].map(|clients| Server::start("127.0.0.1:0", clients).unwrap());
+    let ports = servers.each_ref().map(Server::port).join(",");
+    let exporter = Exporter::start(&["--port", &ports, "--rows", "1"]);
+    let name = "conntrack_host_connections";
+    let scrape = exporter.scrape();
+    let series = scrape.series(name);
+    let sum: f64 = series.iter().map(|(_, value)| value).sum();
+    assert_eq!(sum, 5.0, "{}", scrape.0);
+    let of_ports = servers.iter().filter(|server| {
+        let labels = [("conntrack_host_port", &*server.port())];
+        scrape.value(name, &labels).is_some_and(|value| value > 0.0)
+    });
+    assert!(of_ports.count() <= 1, "{}", scrape.0);
+
+    let exporter = Exporter::start(&["--port", &ports, "--limit", "4"]);
+    let scrape = exporter.scrape();
+    let sum: f64 = scrape.series(name).iter().map(|(_, value)| value).sum();
+    let dropped = [("conntrack_dropped_item", "untracked")];
+    let dropped = scrape.value("conntrack_host_dropped_total", &dropped);
+    assert!(sum == 4.0 && dropped >= Some(1.0), "{}", scrape.0);
+}
+
+#[test]
 fn metrics_go_out_by_otlp_and_that_connection_is_left_out() {
     let receiver = Receiver::start_on_own_thread();
     let server = Server::start("127.0.0.1:0", 2).unwrap();

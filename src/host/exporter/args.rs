@@ -19,7 +19,8 @@ pub(super) struct Flags(ArgMatches);
 impl Flags {
     /// The value as it was said; several are a list.
     pub(super) fn get(&self, name: &str) -> Option<OsString> {
-        let values: Vec<_> = self.0.get_many::<OsString>(name)?.cloned().collect();
+        let values = self.0.try_get_many::<OsString>(name).ok()??;
+        let values: Vec<_> = values.cloned().collect();
         Some(values.join(std::ffi::OsStr::new(",")))
     }
 

@@ -18,6 +18,11 @@ use crate::serving::hosts;
 /// The longest `duration`, seconds: ten years.
 const LONGEST: u64 = 10 * 365 * 86_400;
 
+/// The most `rows`, as [`MonitorBuilder::rows`] takes them.
+const MOST_ROWS: usize = 1_800;
+/// The highest `limit`: more than a kernel has descriptors for, and no memory for a slip of the pen.
+const MOST_SOCKETS: usize = 100_000_000;
+
 /// Where a value was said.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Origin {
@@ -92,6 +97,8 @@ pub(super) struct Settings {
     pub(super) duration: Duration,
     pub(super) period: Duration,
     pub(super) group_by: GroupBy,
+    rows: usize,
+    limit: usize,
     /// Another than this system's.
     proc_root: Option<PathBuf>,
     pub(super) otlp: Otlp,
@@ -127,6 +134,8 @@ impl Settings {
         let duration = find(&specs::DURATION)?;
         let period = find(&specs::PERIOD)?;
         let group_by = find(&specs::GROUP_BY)?;
+        let rows = find(&specs::ROWS)?;
+        let limit = find(&specs::LIMIT)?;
         let proc_root = find(&specs::PROC_ROOT)?;
         let otlp = find(&specs::OTLP)?;
         let ports = Ports::parse(&port.setting(), &port.value, service)?;
@@ -163,6 +172,8 @@ impl Settings {
             duration: seconds(&duration)?,
             period: read_period(&period)?,
             group_by: group,
+            rows: read_count(&rows, MOST_ROWS)?,
+            limit: read_count(&limit, MOST_SOCKETS)?,
             proc_root: (proc_root.origin != Origin::Default).then_some(root),
             otlp: read_otlp(&otlp)?,
             said,
@@ -183,7 +194,9 @@ impl Settings {
             .ipv6(self.ipv6)
             .duration(self.duration)
             .period(self.period)
-            .group_by(self.group_by);
+            .group_by(self.group_by)
+            .rows(self.rows)
+            .limit(self.limit);
         match &self.proc_root {
             Some(root) => monitor.proc_root(root),
             None => monitor,
@@ -284,6 +297,12 @@ fn read_period(said: &Said) -> Result<Duration, ConfigError> {
     seconds
         .map(Duration::from_secs_f64)
         .ok_or_else(|| said.wrong(help))
+}
+
+fn read_count(said: &Said, most: usize) -> Result<usize, ConfigError> {
+    let count = said.value.parse().ok();
+    let count = count.filter(|count| (1..=most).contains(count));
+    count.ok_or_else(|| said.wrong(&format!("must be a whole number from 1 to {most}")))
 }
 
 fn read_otlp(said: &Said) -> Result<Otlp, ConfigError> {

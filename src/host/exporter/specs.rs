@@ -29,6 +29,8 @@ pub(super) const SETTINGS: &[&Spec] = &[
     &DURATION,
     &PERIOD,
     &GROUP_BY,
+    &ROWS,
+    &LIMIT,
     &PROC_ROOT,
     &OTLP,
 ];
@@ -98,6 +100,22 @@ pub(super) const GROUP_BY: Spec = Spec {
     alone: false,
     value: "GROUP",
     help: "A further label of conntrack_host_*: subnet/24 (bits of IPv4, 64 of IPv6), subnet/24/56 (of both), cgroup, none",
+};
+
+pub(super) const ROWS: Spec = Spec {
+    name: "rows",
+    default: "1000",
+    alone: false,
+    value: "COUNT",
+    help: "Sets of labels that connections are counted by at most, from 1 to 1800; the rest is summed in `_other`",
+};
+
+pub(super) const LIMIT: Spec = Spec {
+    name: "limit",
+    default: "2000000",
+    alone: false,
+    value: "COUNT",
+    help: "Connections that are tracked at most, from 1 to 100000000, some 60 bytes each where they are there; those beyond are counted in conntrack_host_dropped_total",
 };
 
 pub(super) const PROC_ROOT: Spec = Spec {

@@ -68,6 +68,8 @@ fn a_flag_goes_before_the_environment_and_that_before_the_file() {
         ("duration", ["1", "2", "3"]),
         ("period", ["2", "3", "4"]),
         ("group-by", ["cgroup", "subnet/1/2", "none"]),
+        ("rows", ["1", "2", "1800"]),
+        ("limit", ["1", "2", "100000000"]),
         ("proc-root", ["/proc", "/", "/tmp"]),
         ("otlp", ["false", "true", "http://x:1"]),
     ];
@@ -212,6 +214,25 @@ fn what_can_not_be_used_is_named_with_its_place_and_the_way_out() {
         ),
         (&["--period", "0"], &[], "period (flag --period)", "0.1"),
         (&["--period", "NaN"], &[], "period (flag --period)", "0.1"),
+        (&["--rows", "0"], &[], "rows (flag --rows)", "1 to 1800"),
+        (
+            &[],
+            &[("ROWS", "1801")],
+            "rows (environment variable ROWS)",
+            "1 to 1800",
+        ),
+        (
+            &["--limit", "-1"],
+            &[],
+            "limit (flag --limit)",
+            "1 to 100000000",
+        ),
+        (
+            &[],
+            &[("LIMIT", "100000001")],
+            "limit (environment variable LIMIT)",
+            "1 to 100000000",
+        ),
         (
             &["--group-by", "subnet/33"],
             &[],
@@ -282,6 +303,19 @@ fn go_style_booleans_addresses_and_otlp_are_read() {
     assert_eq!(read(&["--otlp"], &[]).unwrap().otlp, Otlp::On);
     let to = Otlp::To("http://x:1".to_owned());
     assert_eq!(read(&["--otlp=http://x:1"], &[]).unwrap().otlp, to);
+}
+
+/// What passes here is not refused there, where an error would have no place.
+#[test]
+fn the_monitor_takes_what_the_settings_take() {
+    for (rows, limit) in [("1", "1"), ("1800", "100000000")] {
+        let settings = read(&["--rows", rows, "--limit", limit], &[]).unwrap();
+        assert!(settings.monitor().scanner().is_ok());
+    }
+    assert!(Monitor::builder().rows(MOST_ROWS + 1).scanner().is_err());
+    // The defaults are the library's.
+    let settings = read(&[], &[]).unwrap().monitor();
+    assert_eq!(format!("{settings:?}"), format!("{:?}", Monitor::builder()));
 }
 
 #[test]
