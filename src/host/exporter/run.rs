@@ -118,6 +118,10 @@ fn refused(settings: &Settings, error: std::io::Error) -> ConfigError {
         std::io::ErrorKind::PermissionDenied => {
             "the system does not allow it; give a port from 1024 on"
         }
+        _ if settings.listen.is_ipv6() => {
+            "it can't be bound; give an address of this host, one of IPv4 where it has no IPv6, such as \
+             0.0.0.0:9690"
+        }
         _ => "it can't be bound; give an address of this host, such as 127.0.0.1:9690",
     };
     let address = settings.listen.to_string();

@@ -67,7 +67,7 @@ pub(super) const LISTEN: Spec = Spec {
     default: "9690",
     alone: false,
     value: "PORT|ADDRESS",
-    help: "Where to serve /metrics: a port, which is bound on 127.0.0.1 only, or an address such as 0.0.0.0:9690 for others to reach it; there is no access control",
+    help: "Where to serve /metrics: a port, which is bound on 127.0.0.1 only, or an address such as 0.0.0.0:9690, or [::]:9690 with IPv6, for others to reach it; there is no access control",
 };
 
 pub(super) const ALLOW_HOST: Spec = Spec {
