@@ -413,6 +413,38 @@ fn the_page_has_every_setting_its_origin_and_no_markup_of_others() {
     assert_eq!((status, &*body), (200, ""));
 }
 
+/// Not even a directory's name that means harm, said in a file of such a name; nor why it can't be read.
+#[test]
+fn no_value_of_a_file_becomes_markup() {
+    let harm = "<img src=x onerror=alert(1)>&amp;\"'";
+    let root = std::env::temp_dir().join(format!("conntrack-{}-{harm}", std::process::id()));
+    let table = root.join("net/tcp");
+    std::fs::create_dir_all(table.parent().unwrap()).unwrap();
+    std::fs::write(&table, "heading\n").unwrap();
+    let text = format!("proc-root {}\nlisten=0\nperiod 0.1\n", root.display());
+    let file = File::new("<script>'.conf", &text);
+    let exporter = Exporter::start_with(&["--config", file.path()], &[("TCPV6", "true")]);
+    let page = exporter.get("/").2;
+    assert!(
+        page.contains("&lt;img src=x onerror=alert(1)&gt;&amp;amp;&quot;&#39;"),
+        "{page}"
+    );
+    std::fs::remove_file(&table).unwrap();
+    let page = exporter.until("a failure", |_| {
+        let page = exporter.get("/").2;
+        page.contains("The last scan failed").then_some(page)
+    });
+    assert!(
+        !page.contains("<img") && !page.contains("<script>"),
+        "{page}"
+    );
+    std::fs::remove_dir_all(root).unwrap();
+    // A value that can't be used gets no further than the terminal, on one line.
+    let file = File::new("markup.conf", "allow-host <b>\u{1b}[31m\n");
+    let said = String::from_utf8(ended(&["--conf", file.path()], &[]).stderr).unwrap();
+    assert!(said.contains("<b>") && !said.contains('\u{1b}'), "{said}");
+}
+
 /// DNS rebinding: a web site whose name comes to mean 127.0.0.1 reads what is served there.
 #[test]
 fn on_the_loopback_it_answers_only_to_names_that_are_its_own() {

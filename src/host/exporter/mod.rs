@@ -56,6 +56,21 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// A config file's text, up to the page that shows what it says. For the fuzz target.
+#[cfg(fuzzing)]
+pub(super) fn fuzz_config(text: &str) {
+    let lines = file::hold(text);
+    let flags = args::parse(vec!["conntrack-exporter".into()]).expect("no flags");
+    let config = ("<b>".into(), settings::Origin::Flag("config".to_owned()));
+    if let Ok(settings) = settings::Settings::decide(&flags, &|_| None, Some(config), &lines) {
+        page::hold(&page::rows(&settings, "off"));
+        settings
+            .monitor()
+            .scanner()
+            .expect("what was checked can be used");
+    }
+}
+
 fn start(arguments: Vec<OsString>) -> Result<ExitCode, Failure> {
     let flags = match args::parse(arguments) {
         Ok(flags) => flags,

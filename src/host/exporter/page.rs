@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use super::serve::Site;
+use super::settings::Settings;
 
 /// As [`POLICY`] has its hash.
 const STYLE: &str = "body{font-family:sans-serif;margin:2em auto;max-width:60em;padding:0 1em}\
@@ -43,26 +44,29 @@ pub(super) fn render(site: &Site) -> String {
         );
     }
     page.push_str("<table><tr><th>setting</th><th>value</th><th>meant</th><th>said by</th></tr>\n");
-    for said in &settings.said {
-        let _ = writeln!(
-            page,
-            "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
-            said.name,
-            escaped(&shown(said.name, &said.value)),
-            escaped(&meant(site, said.name)),
-            escaped(&said.origin.to_string()),
-        );
-    }
-    if let Some((path, origin)) = &settings.config {
-        let _ = writeln!(
-            page,
-            "<tr><td>config</td><td>{}</td><td></td><td>{}</td></tr>",
-            escaped(&path.display().to_string()),
-            escaped(&origin.to_string()),
-        );
-    }
+    page.push_str(&rows(settings, &site.otlp));
     page.push_str("</table></body></html>\n");
     page
+}
+
+/// The table's: every setting, and the file.
+pub(super) fn rows(settings: &Settings, otlp: &str) -> String {
+    let mut rows = String::new();
+    for said in &settings.said {
+        let value = shown(said.name, &said.value);
+        let meant = meant(settings, otlp, said.name);
+        rows.push_str(&row([said.name, &value, &meant, &said.origin.to_string()]));
+    }
+    if let Some((path, origin)) = &settings.config {
+        let path = path.display().to_string();
+        rows.push_str(&row(["config", &path, "", &origin.to_string()]));
+    }
+    rows
+}
+
+fn row(cells: [&str; 4]) -> String {
+    let [name, value, meant, origin] = cells.map(escaped);
+    format!("<tr><td>{name}</td><td>{value}</td><td>{meant}</td><td>{origin}</td></tr>\n")
 }
 
 /// A URL may have credentials in it.
@@ -75,8 +79,7 @@ fn shown(name: &str, value: &str) -> String {
 }
 
 /// What became of it, where that is not plain.
-fn meant(site: &Site, name: &str) -> String {
-    let settings = &site.settings;
+fn meant(settings: &Settings, otlp: &str, name: &str) -> String {
     match name {
         "port" if settings.ports.is_all() => {
             format!("all but {}, the exporter's own", settings.listen.port())
@@ -88,7 +91,7 @@ fn meant(site: &Site, name: &str) -> String {
             None => "any, for it listens for others".to_owned(),
         },
         "group-by" => settings.group_by.to_string(),
-        "otlp" => site.otlp.clone(),
+        "otlp" => otlp.to_owned(),
         _ => String::new(),
     }
 }
@@ -108,6 +111,19 @@ fn escaped(text: &str) -> String {
     out
 }
 
+/// Panics if there is markup in it but ours.
+#[cfg(any(test, fuzzing))]
+pub(super) fn hold(rows: &str) {
+    for row in rows.lines() {
+        let row = row.strip_prefix("<tr><td>").expect("a row begins");
+        let row = row.strip_suffix("</td></tr>").expect("a row ends");
+        let cells: Vec<_> = row.split("</td><td>").collect();
+        assert_eq!(cells.len(), 4, "{row}");
+        let plain = |cell: &&str| !cell.contains(['<', '>', '"', '\'']);
+        assert!(cells.iter().all(plain), "{row}");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,5 +135,20 @@ mod tests {
             "&lt;script&gt;&#39;&quot;&amp;amp;"
         );
         assert_eq!(shown("otlp", "http://user:secret@x"), "a URL");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_cell_is_markup(
+            cells in proptest::array::uniform4("[<>&'\"/=a-z]{0,20}|[^\\x00-\\x1f\u{85}\u{2028}\u{2029}]{0,20}"),
+        ) {
+            let row = row(cells.each_ref().map(String::as_str));
+            hold(&row);
+            let back = row.trim_end().replace("<tr><td>", "").replace("</td></tr>", "");
+            let back = back.replace("</td><td>", "<").replace("&lt;", "\u{1}").replace("&gt;", ">");
+            let back = back.replace("&quot;", "\"").replace("&#39;", "'").replace("&amp;", "&");
+            let back: Vec<_> = back.split('<').map(|cell| cell.replace('\u{1}', "<")).collect();
+            proptest::prop_assert_eq!(back, cells);
+        }
     }
 }

@@ -118,11 +118,21 @@ impl Settings {
             Some((path, origin)) => file::read(path, &origin.to_string())?,
             None => Vec::new(),
         };
+        Self::decide(flags, environment, config, &lines)
+    }
+
+    /// From what was said everywhere; `lines` are the file's.
+    pub(super) fn decide(
+        flags: &Flags,
+        environment: Environment<'_>,
+        config: Option<(PathBuf, Origin)>,
+        lines: &[Line],
+    ) -> Result<Self, ConfigError> {
         let path = config.as_ref();
         let path = path.map_or_else(|| Path::new(""), |(path, _)| path);
         let mut said = Vec::new();
         let mut find = |spec: &Spec| -> Result<Said, ConfigError> {
-            let found = find(spec, flags, environment, path, &lines)?;
+            let found = find(spec, flags, environment, path, lines)?;
             said.push(found.clone());
             Ok(found)
         };
