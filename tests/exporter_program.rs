@@ -673,6 +673,16 @@ fn an_address_in_use_is_an_error_that_says_so() {
     assert_eq!(output.status.code(), Some(1));
 }
 
+/// Who reads its words may go: it serves and ends as ever.
+#[test]
+fn it_goes_on_though_nobody_hears_it() {
+    let mut exporter = Exporter::start(&[]);
+    exporter.mute();
+    exporter.scrape();
+    exporter.signal("TERM");
+    assert!(exporter.wait().0.success());
+}
+
 #[test]
 fn what_is_not_understood_is_exit_code_2_and_named() {
     let file = File::new("unknown.conf", "simple\nnothing 1\n");
@@ -711,6 +721,11 @@ fn what_is_not_understood_is_exit_code_2_and_named() {
             ["flag --config", "/nothing"],
         ),
         (&["--otlp=ftp://x"], &[], ["otlp", "http"]),
+        (
+            &[],
+            &[("RUST_LOG", "a=b=c")],
+            ["RUST_LOG", "otel_conntrack=debug"],
+        ),
         (
             &["--otlp"],
             &[("OTEL_METRIC_EXPORT_INTERVAL", "x")],

@@ -1,7 +1,7 @@
 //! HTTP for those who look at us: the live page, the scrape endpoint, the exporter.
 //!
 //! One loop for all of them, with everything bounded: how many are connected, how long a head may
-//! take, how long nobody speaks, how long a reader takes nothing, how long a connection lives. A
+//! be and take, how long nobody speaks, how long a reader takes nothing, how long a connection lives. A
 //! silent client holds up nobody: where every place is taken, the one that was silent for longest
 //! makes room for who comes. A request under way is never cut for the age of its connection, but told
 //! to be the last.
@@ -39,6 +39,8 @@ use tokio::time::Instant;
 
 use self::place::{Ask, Place, Verdict};
 
+/// How long a request's head may be, about. A browser sends the cookies of whatever was on this host.
+const LONGEST_HEAD: usize = 64 << 10;
 /// How long nobody is accepted after an error that is ours: out of descriptors, as a rule.
 const PAUSE: Duration = Duration::from_millis(100);
 /// How often it is looked for a place while all are taken and nothing happens.
@@ -241,6 +243,7 @@ where
     let mut connection = pin!(
         http1::Builder::new()
             .header_read_timeout(None)
+            .max_buf_size(LONGEST_HEAD)
             .serve_connection(TokioIo::new(stream), service)
     );
     let mut told = pin!(place.told.notified());

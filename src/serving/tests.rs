@@ -210,6 +210,23 @@ async fn a_head_that_does_not_end_and_a_silence_that_is_too_long_end_the_connect
 }
 
 #[tokio::test]
+async fn a_head_that_is_too_long_is_refused() {
+    let server = Server::start(Bounds::new(8)).await;
+    let mut long = server.connect().await;
+    // It may be refused before all of it is sent.
+    let head = format!(
+        "{}Cookie: {}",
+        &GET[..GET.len() - 2],
+        "x".repeat(8 * LONGEST_HEAD)
+    );
+    let _ = soon(long.write_all(head.as_bytes())).await;
+    let begun = Instant::now();
+    ends(&mut long).await;
+    // Not for the time that it took.
+    assert!(begun.elapsed() < Duration::from_secs(5));
+}
+
+#[tokio::test]
 async fn a_reader_that_does_not_read_is_not_waited_for() {
     let server = Server::start(Bounds {
         stall: BRIEF,

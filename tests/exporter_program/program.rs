@@ -31,7 +31,7 @@ pub fn ended(arguments: &[&str], variables: &[(&str, &str)]) -> Output {
 pub struct Exporter {
     child: Child,
     pub address: SocketAddr,
-    lines: std::io::Lines<BufReader<std::process::ChildStderr>>,
+    lines: Option<std::io::Lines<BufReader<std::process::ChildStderr>>>,
 }
 
 impl Exporter {
@@ -68,11 +68,16 @@ impl Exporter {
                 return Self {
                     child,
                     address,
-                    lines,
+                    lines: Some(lines),
                 };
             }
             said.push_str(&line);
         }
+    }
+
+    /// Nobody reads what it says from here on.
+    pub fn mute(&mut self) {
+        self.lines = None;
     }
 
     pub fn id(&self) -> u32 {
@@ -127,7 +132,9 @@ impl Exporter {
         };
         let said = self
             .lines
-            .by_ref()
+            .take()
+            .into_iter()
+            .flatten()
             .map_while(Result::ok)
             .collect::<Vec<_>>();
         (status, said.join("\n"))

@@ -33,9 +33,13 @@ impl Flags {
         if let Some(shell) = self.0.get_one::<String>("completions") {
             let mut text = Vec::new();
             // One of the possible values.
-            let shell: clap_complete::Shell = shell.parse().ok()?;
-            clap_complete::generate(shell, &mut command(), "conntrack-exporter", &mut text);
-            return Some(Ok(text));
+            return Some(match shell.parse::<clap_complete::Shell>() {
+                Ok(shell) => {
+                    clap_complete::generate(shell, &mut command(), "conntrack-exporter", &mut text);
+                    Ok(text)
+                }
+                Err(why) => Err(ConfigError::new("--completions", shell, &why)),
+            });
         }
         if self.0.get_flag("man") {
             let mut text = Vec::new();

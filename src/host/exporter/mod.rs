@@ -20,6 +20,8 @@ mod settings;
 mod specs;
 
 use std::ffi::OsString;
+use std::fmt;
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use crate::config::ConfigError;
@@ -47,9 +49,9 @@ pub fn main() -> ExitCode {
                 Failure::Usage(error) => (error, 2),
                 Failure::Run(error) => (error, 1),
             };
-            eprintln!("conntrack-exporter: {error}");
+            say(&error);
             if code == 2 {
-                eprintln!("`conntrack-exporter --help` has the settings.");
+                say("`conntrack-exporter --help` has the settings");
             }
             ExitCode::from(code)
         }
@@ -71,6 +73,12 @@ pub(super) fn fuzz_config(text: &str) {
     }
 }
 
+/// A line on stderr. Whoever read it may have gone: that ends nothing, as `eprintln!` would.
+fn say(text: impl fmt::Display) {
+    let line = format!("conntrack-exporter: {text}\n");
+    let _ = std::io::stderr().write_all(line.as_bytes());
+}
+
 fn start(arguments: Vec<OsString>) -> Result<ExitCode, Failure> {
     let flags = match args::parse(arguments) {
         Ok(flags) => flags,
@@ -83,7 +91,7 @@ fn start(arguments: Vec<OsString>) -> Result<ExitCode, Failure> {
     if let Some(text) = flags.document() {
         let text = text.map_err(Failure::Usage)?;
         // Who reads may have gone, as `head` does.
-        let _ = std::io::Write::write_all(&mut std::io::stdout(), &text);
+        let _ = std::io::stdout().write_all(&text);
         return Ok(ExitCode::SUCCESS);
     }
     let environment = |name: &str| std::env::var_os(name);

@@ -5,9 +5,9 @@ use std::fmt::Write as _;
 use std::io::{IsTerminal, Write as _};
 use std::time::{Duration, Instant};
 
-use super::Failure;
 use super::run::Signals;
 use super::settings::Settings;
+use super::{Failure, say};
 use crate::config::ConfigError;
 use crate::event::Direction;
 use crate::host::ports::service_names;
@@ -23,11 +23,13 @@ pub(super) fn print(settings: &Settings) -> Result<(), Failure> {
     let mut scanner = settings.monitor().scanner().map_err(Failure::Usage)?;
     if std::io::stderr().is_terminal() && settings.duration > Duration::from_secs(1) {
         let seconds = settings.duration.as_secs();
-        eprintln!("watching for {seconds} s; --duration 0 for a table at once");
+        say(format_args!(
+            "watching for {seconds} s; --duration 0 for a table at once"
+        ));
     }
     let watched = watch(settings.duration, settings.period, || scanner.scan())?;
     if let Some(note) = watched.note() {
-        eprintln!("conntrack-exporter: {note}");
+        say(note);
     }
     let table = render(&watched.snapshot, &service_names(), settings.duration);
     // Who reads may have gone, as `head` does.

@@ -170,7 +170,7 @@ impl Exporting {
             .name("conntrack-flush".to_owned())
             .spawn(move || told.send(provider.shutdown_with_timeout(FLUSH).is_ok()));
         if !matches!(done.recv_timeout(FLUSH), Ok(true)) {
-            eprintln!("conntrack-exporter: the last metrics were not sent");
+            super::say("the last metrics were not sent");
         }
     }
 }

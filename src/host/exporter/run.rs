@@ -9,11 +9,11 @@ use opentelemetry::metrics::MeterProvider;
 use opentelemetry_sdk::metrics::SdkMeterProvider;
 use tokio::sync::watch;
 
-use super::Failure;
 use super::otlp::Sending;
 use super::serve::{self, Site};
 use super::settings::{Otlp, Settings};
 use super::specs::LISTEN;
+use super::{Failure, say};
 use crate::config::ConfigError;
 use crate::host::Monitor;
 use crate::telemetry::names;
@@ -23,7 +23,7 @@ const WATCH: Duration = Duration::from_secs(1);
 
 /// Runs until SIGTERM or SIGINT.
 pub(super) fn run(mut settings: Settings) -> Result<(), Failure> {
-    log();
+    log().map_err(Failure::Usage)?;
     let sending = Sending::plan(&settings, std::env::vars_os()).map_err(Failure::Usage)?;
     let listener = bind(&settings).map_err(Failure::Run)?;
     // Port 0 has become a real one.
@@ -50,15 +50,14 @@ pub(super) fn run(mut settings: Settings) -> Result<(), Failure> {
     let signals = runtime
         .block_on(async { Signals::new() })
         .map_err(|error| Failure::Run(no_runtime(error)))?;
-    eprintln!(
-        "conntrack-exporter: listening on http://{}/\n\
-         conntrack-exporter: the table is read by {}, every {:?}",
-        settings.listen,
+    say(format_args!("listening on http://{}/", settings.listen));
+    say(format_args!(
+        "the table is read by {}, every {:?}",
         monitor.snapshot().scan.source.as_str(),
         settings.period
-    );
+    ));
     if sending.on || settings.otlp != Otlp::Auto {
-        eprintln!("conntrack-exporter: metrics by OTLP: {}", sending.words);
+        say(format_args!("metrics by OTLP: {}", sending.words));
     }
     let site = Arc::new(Site {
         settings,
@@ -85,20 +84,32 @@ pub(super) fn run(mut settings: Settings) -> Result<(), Failure> {
     if let Some(exporting) = exporting {
         exporting.stop();
     }
-    eprintln!("conntrack-exporter: stopped");
+    say("stopped");
     Ok(())
 }
 
 /// What the OTLP exporter says, on stderr.
-fn log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| "warn,otel_conntrack=info".into());
+fn log() -> Result<(), ConfigError> {
+    const VARIABLE: &str = "RUST_LOG";
+    let given = std::env::var_os(VARIABLE).unwrap_or_default();
+    let given = given.to_string_lossy();
+    let filter = match given.trim() {
+        "" => "warn,otel_conntrack=info",
+        given => given,
+    };
+    let filter = tracing_subscriber::EnvFilter::try_new(filter).map_err(|error| {
+        let help = "must be levels and targets, such as info or warn,otel_conntrack=debug";
+        ConfigError::new(VARIABLE, &given, help).with_source(error)
+    })?;
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr);
+        .with_writer(std::io::stderr)
+        // By `eprintln!`, which ends the program where nobody reads it.
+        .log_internal_errors(false);
     // Who calls this in a program of his own may have one.
     let _ = subscriber.try_init();
+    Ok(())
 }
 
 fn bind(settings: &Settings) -> Result<TcpListener, ConfigError> {
@@ -167,21 +178,18 @@ async fn tell_failures(monitor: &Monitor) {
         tokio::time::sleep(WATCH).await;
         match monitor.failure() {
             Some(why) if !failing => {
-                eprintln!("conntrack-exporter: the table can't be read: {why}");
+                say(format_args!("the table can't be read: {why}"));
                 failing = true;
             }
             None if failing => {
-                eprintln!("conntrack-exporter: the table can be read again");
+                say("the table can be read again");
                 failing = false;
             }
             _ => {}
         }
         let now = monitor.snapshot().scan.source;
         if now != source {
-            eprintln!(
-                "conntrack-exporter: the table is read by {} now",
-                now.as_str()
-            );
+            say(format_args!("the table is read by {} now", now.as_str()));
             source = now;
         }
     }

@@ -150,7 +150,8 @@ impl Settings {
         let otlp = find(&specs::OTLP)?;
         let ports = Ports::parse(&port.setting(), &port.value, service)?;
         let own = read_listen(&listen)?;
-        if ports.without(own.port()).is_none() {
+        // A table is printed by one who does not listen.
+        if !flags.once() && ports.without(own.port()).is_none() {
             return Err(port.wrong(
                 "this is the exporter's own port (listen), which is left out, so nothing is left; \
                  give another",
@@ -170,7 +171,8 @@ impl Settings {
             ));
         }
         let root = PathBuf::from(&proc_root.value);
-        if !root.is_dir() {
+        // Without /proc there may be netlink.
+        if proc_root.origin != Origin::Default && !root.is_dir() {
             return Err(proc_root.wrong("there is no such directory; give one that has net/tcp"));
         }
         Ok(Self {

@@ -318,6 +318,14 @@ fn the_monitor_takes_what_the_settings_take() {
     assert_eq!(format!("{settings:?}"), format!("{:?}", Monitor::builder()));
 }
 
+/// A table is of any port, also that of an exporter that runs.
+#[test]
+fn the_exporters_own_port_is_refused_only_where_it_listens() {
+    let error = read(&["--port", "9690"], &[]).unwrap_err();
+    assert!(error.to_string().contains("own port"), "{error}");
+    assert!(read(&["--port", "9690", "--once"], &[]).is_ok());
+}
+
 #[test]
 fn names_are_checked_on_the_loopback_and_where_some_were_said() {
     let allowed = |arguments: &[&str]| read(arguments, &[]).unwrap().allowed;
