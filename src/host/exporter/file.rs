@@ -232,7 +232,7 @@ mod tests {
                     continue;
                 };
                 if expected.iter().any(|line: &Line| line.name == name) {
-                    twice = twice.or(Some(format!("x:{number}")));
+                    twice = twice.or_else(|| Some(format!("x:{number}")));
                 }
                 expected.push(Line { number, name, value });
             }

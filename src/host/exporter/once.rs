@@ -214,10 +214,12 @@ fn aligned(rows: &[Vec<String>]) -> String {
     };
     let widths: Vec<_> = (0..columns).map(wide).collect();
     let mut out = String::new();
+    // A cgroup's name is its maker's, and may not be fit for a terminal.
+    let plain = |c: char| if c.is_control() { '\u{fffd}' } else { c };
     for row in rows {
         let cells = row.iter().zip(&widths);
         let line: Vec<_> = cells.map(|(cell, wide)| format!("{cell:<wide$}")).collect();
-        out.push_str(line.join("  ").trim_end());
+        out.extend(line.join("  ").trim_end().chars().map(plain));
         out.push('\n');
     }
     out
@@ -265,5 +267,7 @@ mod tests {
             .map(|row| row.map(String::from).to_vec())
             .collect();
         assert_eq!(aligned(&rows), "a    bb  c\naaa  b\n");
+        let wild = [vec!["a\u{1b}[31m\n".to_owned()]];
+        assert_eq!(aligned(&wild), "a\u{fffd}[31m\n");
     }
 }
