@@ -137,6 +137,8 @@ mod outbound;
 mod record;
 #[cfg(feature = "reqwest")]
 mod reqwest_builder;
+#[cfg(any(feature = "inspect", feature = "prometheus"))]
+mod serving;
 #[cfg(feature = "net")]
 mod socket;
 #[cfg(feature = "stock")]

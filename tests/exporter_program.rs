@@ -11,6 +11,14 @@ mod support;
 
 #[path = "support/alone.rs"]
 mod alone;
+#[path = "exporter_program/ends.rs"]
+mod ends;
+#[path = "exporter_program/files.rs"]
+mod files;
+#[path = "exporter_program/once.rs"]
+mod once;
+#[path = "exporter_program/pages.rs"]
+mod pages;
 #[path = "exporter_program/program.rs"]
 mod program;
 
@@ -19,7 +27,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use program::{BOUND, Exporter, File, Scrape, Server, ended, request};
+use program::{BOUND, Exporter, File, Scrape, Server, ended, request, request_with};
 use support::receiver::Receiver;
 
 const LONGTERM: &str = "netstat_tcp_longterm_connections_total";
@@ -217,6 +225,30 @@ fn states_queues_ages_and_the_kernels_counts_are_told() {
 }
 
 #[test]
+fn what_goes_beyond_the_bounds_is_summed_or_counted() {
+    let servers = [2, 3].map(|clients| Server::start("127.0.0.1:0", clients).unwrap());
+    let ports = servers.each_ref().map(Server::port).join(",");
+    let exporter = Exporter::start(&["--port", &ports, "--rows", "1"]);
+    let name = "conntrack_host_connections";
+    let scrape = exporter.scrape();
+    let series = scrape.series(name);
+    let sum: f64 = series.iter().map(|(_, value)| value).sum();
+    assert_eq!(sum, 5.0, "{}", scrape.0);
+    let of_ports = servers.iter().filter(|server| {
+        let labels = [("conntrack_host_port", &*server.port())];
+        scrape.value(name, &labels).is_some_and(|value| value > 0.0)
+    });
+    assert!(of_ports.count() <= 1, "{}", scrape.0);
+
+    let exporter = Exporter::start(&["--port", &ports, "--limit", "4"]);
+    let scrape = exporter.scrape();
+    let sum: f64 = scrape.series(name).iter().map(|(_, value)| value).sum();
+    let dropped = [("conntrack_dropped_item", "untracked")];
+    let dropped = scrape.value("conntrack_host_dropped_total", &dropped);
+    assert!(sum == 4.0 && dropped >= Some(1.0), "{}", scrape.0);
+}
+
+#[test]
 fn metrics_go_out_by_otlp_and_that_connection_is_left_out() {
     let receiver = Receiver::start_on_own_thread();
     let server = Server::start("127.0.0.1:0", 2).unwrap();
@@ -263,10 +295,35 @@ fn metrics_go_out_by_otlp_and_that_connection_is_left_out() {
         let scrape = exporter.scrape();
         assert_eq!(scrape.value("conntrack_host_connections", &labels), None);
     }
+    let (_, _, page) = exporter.get("/");
+    let words = "sent to the endpoint of OTEL_EXPORTER_OTLP_ENDPOINT every 100ms";
+    assert!(page.contains(words) && !page.contains(&endpoint), "{page}");
     exporter.signal("TERM");
     let (status, said) = exporter.wait();
     assert!(status.success(), "{said}");
-    assert!(!said.contains("not sent"), "{said}");
+    assert!(!said.contains("not sent") && said.contains(words), "{said}");
+}
+
+/// What is told is what is so: nothing is sent, and what is wrong about traces is another program's.
+#[test]
+fn where_nothing_is_sent_by_otlp_the_page_says_so_and_why() {
+    let endpoint = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9");
+    let traces = ("OTEL_TRACES_SAMPLER", "nonsense");
+    for (variable, words) in [
+        (
+            ("OTEL_SDK_DISABLED", "true"),
+            "off: OTEL_SDK_DISABLED is true",
+        ),
+        (
+            ("OTEL_METRICS_EXPORTER", "none"),
+            "off: OTEL_METRICS_EXPORTER is none",
+        ),
+    ] {
+        let variables = [endpoint, traces, variable, ("LISTEN", "0")];
+        let exporter = Exporter::start_with(&[], &variables);
+        let (_, _, page) = exporter.get("/");
+        assert!(page.contains(words), "{words} is not in {page}");
+    }
 }
 
 /// Bug 2 and 6 of the seed: a look waited for name servers; and two threads shared a map.
@@ -301,55 +358,7 @@ fn many_scrapers_at_once_all_get_whole_answers() {
     });
 }
 
-// === pages ===
-
-#[test]
-fn the_page_has_every_setting_its_origin_and_no_markup_of_others() {
-    let file = File::new("<b>&'.conf", "# ours\nport 1-65535\nduration=7\nsimple\n");
-    let listen = ("LISTEN", "127.0.0.1:0");
-    let arguments = ["--conf", file.path(), "--duration", "8"];
-    let exporter = Exporter::start_with(&arguments, &[listen, ("SIMPLE", "false")]);
-    let (status, head, page) = exporter.get("/");
-    assert_eq!(status, 200);
-    assert!(head.contains("text/html"), "{head}");
-    let row = |name: &str| {
-        let begin = format!("<tr><td>{name}</td>");
-        let line = page.lines().find(|line| line.starts_with(&begin)).unwrap();
-        line.replace("<tr>", "")
-            .replace("</tr>", "")
-            .replace("<td>", "|")
-            .replace("</td>", "")
-    };
-    let path = file
-        .path()
-        .replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;");
-    let path = path.replace('\'', "&#39;");
-    assert_eq!(row("duration"), "|duration|8||flag --duration");
-    assert_eq!(row("simple"), "|simple|false||environment variable SIMPLE");
-    assert_eq!(row("port"), format!("|port|1-65535|1-65535|{path}:2"));
-    assert_eq!(row("tcpv6"), "|tcpv6|true||default");
-    assert_eq!(row("config"), format!("|config|{path}||flag --config"));
-    assert_eq!(
-        row("listen"),
-        format!(
-            "|listen|127.0.0.1:0|{}|environment variable LISTEN",
-            exporter.address
-        )
-    );
-    assert!(!page.contains("<b>"), "{page}");
-    let (status, _, text) = exporter.get("/-/healthy");
-    assert_eq!((status, &*text), (200, "healthy\n"));
-    assert_eq!(exporter.get("/nothing").0, 404);
-    let (status, head, _) = request(exporter.address, "POST /metrics HTTP/1.1");
-    assert!(
-        status == 405 && head.to_lowercase().contains("allow: get, head"),
-        "{head}"
-    );
-    let (status, _, body) = request(exporter.address, "HEAD /metrics HTTP/1.1");
-    assert_eq!((status, &*body), (200, ""));
-}
+// === scans ===
 
 /// Bug 5 of the seed: a read that failed set everything to 0, with no word of why.
 #[test]
@@ -446,191 +455,4 @@ fn a_scrape_never_waits_for_a_scan_and_neither_does_the_end() {
     let (status, said) = exporter.wait();
     assert!(status.success() && said.ends_with("stopped"), "{said}");
     std::fs::remove_dir_all(root).unwrap();
-}
-
-// === beginning and end ===
-
-/// Bug 8 of the seed: the port was another than it said, and `--conf` was no flag.
-#[test]
-fn the_default_is_9690_on_the_loopback_and_help_says_so() {
-    let help = ended(&["--help"], &[]);
-    let text = String::from_utf8(help.stdout).unwrap();
-    assert!(help.status.success());
-    for word in [
-        "[default: 9690] [env: LISTEN]",
-        "--conf",
-        "--simple",
-        "127.0.0.1",
-        "[env: GROUP_BY]",
-    ] {
-        assert!(text.contains(word), "{word} is not in {text}");
-    }
-}
-
-/// Bug 9 of the seed: it ended silently, with 0.
-#[test]
-fn an_address_in_use_is_an_error_that_says_so() {
-    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = taken.local_addr().unwrap().to_string();
-    for (arguments, variables, origin) in [
-        (&["--listen", &*address][..], &[][..], "flag --listen"),
-        (&[], &[("LISTEN", &*address)], "environment variable LISTEN"),
-    ] {
-        let output = ended(arguments, variables);
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{said}");
-        for word in [origin, &*address, "in use", "give another"] {
-            assert!(said.contains(word), "{said}");
-        }
-    }
-    // An address that is not this host's.
-    let output = ended(&["--listen", "192.0.2.1:1"], &[]);
-    assert_eq!(output.status.code(), Some(1));
-}
-
-#[test]
-fn what_is_not_understood_is_exit_code_2_and_named() {
-    let file = File::new("unknown.conf", "simple\nnothing 1\n");
-    let in_file = format!("{}:2", file.path());
-    for (arguments, variables, words) in [
-        (&["--nothing"][..], &[][..], ["--nothing", "Usage"]),
-        (
-            &["--simple=2"],
-            &[],
-            ["simple (flag --simple)", "true or false"],
-        ),
-        (
-            &["--port", "70000"],
-            &[],
-            ["port (flag --port)", "1 to 65535"],
-        ),
-        (
-            &[],
-            &[("PORT", "x y")],
-            ["environment variable PORT", "/etc/services"],
-        ),
-        (
-            &[],
-            &[("DURATION", "soon")],
-            ["environment variable DURATION", "whole seconds"],
-        ),
-        (
-            &["--config", file.path()],
-            &[],
-            [&in_file, "no such setting"],
-        ),
-        (
-            &["--config", "/nothing"],
-            &[],
-            ["flag --config", "/nothing"],
-        ),
-        (&["--otlp=ftp://x"], &[], ["otlp", "http"]),
-        (
-            &["--otlp"],
-            &[("OTEL_METRIC_EXPORT_INTERVAL", "x")],
-            ["OTEL_METRIC_EXPORT_INTERVAL", "x"],
-        ),
-    ] {
-        let output = ended(arguments, variables);
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(
-            output.status.code(),
-            Some(2),
-            "{arguments:?} {variables:?}: {said}"
-        );
-        for word in words {
-            assert!(said.contains(word), "{word} is not in {said}");
-        }
-    }
-}
-
-#[test]
-fn it_stops_when_it_is_told_to_also_while_somebody_is_connected() {
-    for signal in ["TERM", "INT"] {
-        let exporter = Exporter::start(&[]);
-        // One that says nothing, and one between two requests.
-        let _silent = TcpStream::connect(exporter.address).unwrap();
-        let mut idle = TcpStream::connect(exporter.address).unwrap();
-        std::io::Write::write_all(&mut idle, b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n")
-            .unwrap();
-        let mut answer = [0; 12];
-        std::io::Read::read_exact(&mut idle, &mut answer).unwrap();
-        assert_eq!(&answer, b"HTTP/1.1 200");
-        exporter.signal(signal);
-        let begun = Instant::now();
-        let address = exporter.address;
-        let (status, said) = exporter.wait();
-        assert!(
-            status.success() && said.ends_with("stopped"),
-            "{status}: {said}"
-        );
-        assert!(begun.elapsed() < Duration::from_secs(10));
-        // The address is free again.
-        drop(TcpListener::bind(address).unwrap());
-    }
-}
-
-#[test]
-fn a_table_for_people_is_printed_once() {
-    let server = Server::start("127.0.0.1:0", 4).unwrap();
-    let port = server.port();
-    let output = ended(&["--once", "--duration", "0", "--port", &port], &[]);
-    let text = String::from_utf8(output.stdout).unwrap();
-    assert!(output.status.success(), "{text}");
-    let mut lines = text.lines();
-    let heading: Vec<_> = lines.next().unwrap().split_whitespace().collect();
-    assert_eq!(heading, ["PORT", "IP", "ESTABLISHED", ">=0s", "OLDEST"]);
-    let row: Vec<_> = lines.next().unwrap().split_whitespace().collect();
-    assert_eq!(row, ["in", &port, "ipv4", "4", "4", ">=0s"]);
-    assert!(
-        text.contains("4 established (ipv4)") && text.contains("rows by netlink"),
-        "{text}"
-    );
-    // With a duration it watches for as long.
-    let begun = Instant::now();
-    let output = ended(&["--once", "--duration", "1", "--port", &port], &[]);
-    let text = String::from_utf8(output.stdout).unwrap();
-    assert!(begun.elapsed() >= Duration::from_secs(1));
-    let row: Vec<_> = text.lines().nth(1).unwrap().split_whitespace().collect();
-    assert_eq!(row[..5], ["in", &port, "ipv4", "4", "4"]);
-}
-
-#[test]
-fn the_example_of_a_file_is_one() {
-    let file = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/examples/deploy/conntrack-exporter.conf"
-    );
-    let output = ended(&["--once", "--config", file, "--duration", "0"], &[]);
-    assert!(output.status.success(), "{output:?}");
-    // And what is a comment there is a setting too.
-    let text = std::fs::read_to_string(file).unwrap();
-    let is_setting = |line: &&str| {
-        let line = line.strip_prefix("# ").unwrap_or_default();
-        ["simple", "port 443,8080-8090,https", "listen 0.0.0.0:9690"].contains(&line)
-    };
-    let all = text
-        .lines()
-        .filter(is_setting)
-        .map(|line| &line[2..])
-        .collect::<Vec<_>>();
-    assert_eq!(all.len(), 3, "{text}");
-    let file = File::new("all.conf", &all.join("\n"));
-    let output = ended(&["--once", "--conf", file.path(), "--duration", "0"], &[]);
-    assert!(output.status.success(), "{output:?}");
-}
-
-#[test]
-fn documents_come_from_the_program() {
-    let text = |arguments: &[&str]| {
-        let output = ended(arguments, &[]);
-        assert!(output.status.success(), "{arguments:?}");
-        String::from_utf8(output.stdout).unwrap()
-    };
-    assert!(text(&["--completions", "bash"]).contains("conntrack-exporter"));
-    assert!(text(&["--man"]).contains(".TH"));
-    assert_eq!(
-        text(&["--version"]).trim(),
-        concat!("conntrack-exporter ", env!("CARGO_PKG_VERSION"))
-    );
 }

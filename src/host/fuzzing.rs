@@ -51,3 +51,9 @@ pub fn text(text: &str) {
     let _ = counters::find(text, "Tcp:", "OutSegs");
     let _ = super::cgroups::mount(text);
 }
+
+/// The exporter's config file.
+#[cfg(feature = "exporter")]
+pub fn config(text: &str) {
+    super::exporter::fuzz_config(text);
+}

@@ -3,6 +3,7 @@
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 
 use crate::config::ConfigError;
+use crate::serving::hosts;
 
 /// The live page's settings: for [`Builder::inspect`](crate::Builder::inspect), which takes a plain
 /// address too, and for [`Conntrack::inspect_router_with`](crate::Conntrack::inspect_router_with).
@@ -150,18 +151,17 @@ impl Inspect {
     }
 
     pub(crate) fn settings(&self) -> Result<Settings, ConfigError> {
-        let mut hosts = Vec::new();
+        let mut names = Vec::new();
         for host in &self.hosts {
-            let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
-            if host.is_empty() || host.len() > 253 || !host.chars().all(plain) {
+            let Some(name) = hosts::name(host) else {
                 return Err(ConfigError::new(
                     "inspect allow_host",
                     host,
                     "give a host's name as it stands in the browser's address bar, without scheme \
                      and port",
                 ));
-            }
-            hosts.push(host.trim_end_matches('.').to_ascii_lowercase());
+            };
+            names.push(name);
         }
         if let Some(link) = &self.trace_link {
             let scheme = link.split_once("://").map(|(scheme, _)| scheme);
@@ -188,7 +188,7 @@ impl Inspect {
             )
         };
         Ok(Settings {
-            hosts,
+            hosts: names,
             actions: self.actions,
             trace_link: self.trace_link.clone(),
             title: self.title.clone().unwrap_or_else(program),

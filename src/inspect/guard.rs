@@ -10,12 +10,12 @@
 //!   are no CORS headers).
 
 use std::fmt::Write as _;
-use std::net::{Ipv4Addr, Ipv6Addr};
 
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, Method, StatusCode, header};
 
 use crate::inspect::config::Settings;
+use crate::serving::hosts;
 
 /// Why there is no answer, for the one who asked.
 #[derive(Debug, PartialEq, Eq)]
@@ -39,8 +39,7 @@ pub(super) fn check(settings: &Settings, parts: &Parts) -> Result<(), Refusal> {
             "the request has no Host, or more than one",
         )
     })?;
-    let host = host_of(authority);
-    if !is_known(settings, host) {
+    if !hosts::is_known(authority, &settings.hosts) {
         let text = "this name is not known here: ask for an IP address or localhost, or allow it in the \
                     code, with `Inspect::allow_host`";
         return Err(refuse(StatusCode::MISDIRECTED_REQUEST, text));
@@ -101,25 +100,6 @@ fn authority(parts: &Parts) -> Option<&str> {
         Ok(None) => parts.uri.authority().map(http::uri::Authority::as_str),
         Err(_) => None,
     }
-}
-
-/// Without the port.
-fn host_of(authority: &str) -> &str {
-    if let Some(v6) = authority.strip_prefix('[') {
-        return v6.split_once(']').map_or("", |(v6, _)| v6);
-    }
-    authority
-        .split_once(':')
-        .map_or(authority, |(host, _)| host)
-}
-
-fn is_known(settings: &Settings, host: &str) -> bool {
-    let host = host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase();
-    host == "localhost"
-        || host.ends_with(".localhost")
-        || host.parse::<Ipv4Addr>().is_ok()
-        || host.parse::<Ipv6Addr>().is_ok()
-        || settings.hosts.contains(&host)
 }
 
 /// A secret that only pages of this process have.

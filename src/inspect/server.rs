@@ -5,24 +5,18 @@ use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use axum::body::Body;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::oneshot;
 
 use crate::config::ConfigError;
 use crate::inspect::Inspector;
 use crate::inspect::config::Inspect;
 use crate::record::Recorder;
+use crate::serving::{self, Bounds};
 
-/// Connections at a time; more wait in the kernel's queue.
-const CONNECTIONS: usize = 64;
-/// How long a client may take for a request's head, also between two.
-const HEAD: Duration = Duration::from_secs(30);
-/// How long a connection may last: a reader that does not read must not hold its place for ever.
-const LIFE: Duration = Duration::from_secs(600);
+/// A page that is open has a connection, and its browser may have some more.
+const BOUNDS: Bounds = Bounds::new(64);
 /// Threads that make pages.
 const MAKERS: usize = 2;
 
@@ -114,29 +108,8 @@ async fn accept(listener: TcpListener, inspector: Arc<Inspector>) {
     let Ok(listener) = tokio::net::TcpListener::from_std(listener) else {
         return;
     };
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
-    loop {
-        let Ok(place) = places.clone().acquire_owned().await else {
-            return;
-        };
-        let Ok((stream, _)) = listener.accept().await else {
-            // No descriptor is left, say.
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            continue;
-        };
-        let inspector = inspector.clone();
-        tokio::spawn(async move {
-            let _place = place;
-            let answer = service_fn(move |request: http::Request<hyper::body::Incoming>| {
-                let inspector = inspector.clone();
-                async move { Ok::<_, Infallible>(inspector.answer(request.map(Body::new)).await) }
-            });
-            // How a reader's connection ends is its own business.
-            let serve = hyper::server::conn::http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEAD)
-                .serve_connection(TokioIo::new(stream), answer);
-            let _ = tokio::time::timeout(LIFE, serve).await;
-        });
-    }
+    let answer = move |request: http::Request<hyper::body::Incoming>| {
+        inspector.clone().answer(request.map(Body::new))
+    };
+    serving::serve(listener, BOUNDS, answer, std::future::pending()).await;
 }

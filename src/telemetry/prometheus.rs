@@ -14,15 +14,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::metrics::SdkMeterProvider;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::{Counter, LabelPair, Metric, MetricFamily, MetricType};
 use prometheus::{Encoder, Registry, TextEncoder};
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
 
 use crate::config::ConfigError;
@@ -30,12 +27,11 @@ use crate::conntrack::Conntrack;
 use crate::event::Direction;
 use crate::record::Recorder;
 use crate::record::stats::ScopeStats;
+use crate::serving::{self, Bounds};
 use crate::telemetry::otlp;
 
-/// How many scrapers may be connected at once; more wait in the kernel's queue.
-const SCRAPERS: usize = 16;
-/// How long a scraper may take for its request's head.
-const HEAD: Duration = Duration::from_secs(10);
+/// Scrapers are few.
+const BOUNDS: Bounds = Bounds::new(16);
 /// How long the end of serving is waited for.
 const CLOSING: Duration = Duration::from_millis(100);
 
@@ -127,33 +123,9 @@ impl Endpoint {
 }
 
 async fn accept(open: Open, registry: Arc<Registry>) {
-    let places = Arc::new(Semaphore::new(SCRAPERS));
-    loop {
-        let Ok(place) = places.clone().acquire_owned().await else {
-            return;
-        };
-        let stream = match open.listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(_) => {
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        let registry = registry.clone();
-        tokio::spawn(async move {
-            let _place = place;
-            let answer = service_fn(move |request| {
-                let response = answer(&request, &registry);
-                async move { Ok::<_, Infallible>(response) }
-            });
-            // How a scraper's connection ends is its own business.
-            let _ = hyper::server::conn::http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEAD)
-                .serve_connection(TokioIo::new(stream), answer)
-                .await;
-        });
-    }
+    let Open { listener, _sign } = open;
+    let answer = move |request| std::future::ready(answer(&request, &registry));
+    serving::serve(listener, BOUNDS, answer, std::future::pending()).await;
 }
 
 fn answer<B>(request: &Request<B>, registry: &Registry) -> Response<Full<Bytes>> {

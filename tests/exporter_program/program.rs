@@ -31,7 +31,7 @@ pub fn ended(arguments: &[&str], variables: &[(&str, &str)]) -> Output {
 pub struct Exporter {
     child: Child,
     pub address: SocketAddr,
-    lines: std::io::Lines<BufReader<std::process::ChildStderr>>,
+    lines: Option<std::io::Lines<BufReader<std::process::ChildStderr>>>,
 }
 
 impl Exporter {
@@ -68,11 +68,16 @@ impl Exporter {
                 return Self {
                     child,
                     address,
-                    lines,
+                    lines: Some(lines),
                 };
             }
             said.push_str(&line);
         }
+    }
+
+    /// Nobody reads what it says from here on.
+    pub fn mute(&mut self) {
+        self.lines = None;
     }
 
     pub fn id(&self) -> u32 {
@@ -127,7 +132,9 @@ impl Exporter {
         };
         let said = self
             .lines
-            .by_ref()
+            .take()
+            .into_iter()
+            .flatten()
             .map_while(Result::ok)
             .collect::<Vec<_>>();
         (status, said.join("\n"))
@@ -142,9 +149,14 @@ impl Drop for Exporter {
 }
 
 pub fn request(address: SocketAddr, line: &str) -> (u16, String, String) {
+    request_with(address, line, "Host: localhost\r\n")
+}
+
+/// With these headers.
+pub fn request_with(address: SocketAddr, line: &str, headers: &str) -> (u16, String, String) {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(BOUND)).unwrap();
-    let request = format!("{line}\r\nHost: x\r\nConnection: close\r\n\r\n");
+    let request = format!("{line}\r\n{headers}Connection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).unwrap();
     let mut text = String::new();
     stream.read_to_string(&mut text).unwrap();

@@ -6,97 +6,11 @@
 use std::ffi::OsString;
 
 use clap::builder::{PossibleValuesParser, ValueParser};
+use clap::error::ErrorKind;
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
+use super::specs::{CONFIG, PORT, SETTINGS, Spec};
 use crate::config::ConfigError;
-
-/// A setting that flags, environment and file know.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Spec {
-    /// As a flag and in the file; the variable is the same in capitals with `_`.
-    pub(super) name: &'static str,
-    pub(super) default: &'static str,
-    /// Whether it may stand alone, which means `true`.
-    pub(super) alone: bool,
-    value: &'static str,
-    help: &'static str,
-}
-
-impl Spec {
-    pub(super) fn variable(&self) -> String {
-        self.name.to_uppercase().replace('-', "_")
-    }
-}
-
-/// Every setting but the file's name.
-pub(super) const SETTINGS: &[Spec] = &[
-    Spec {
-        name: "simple",
-        default: "false",
-        alone: true,
-        value: "BOOL",
-        help: "One gauge of all long-term connections, without labels, instead of one per port and IP version",
-    },
-    Spec {
-        name: "tcpv6",
-        default: "true",
-        alone: true,
-        value: "BOOL",
-        help: "Look at IPv6 too. IPv4 clients of a server on [::] are IPv4 and always looked at",
-    },
-    Spec {
-        name: "port",
-        default: "-1",
-        alone: false,
-        value: "PORTS",
-        help: "Local ports to look at: 443,8080-8090,https; -1 for all but the exporter's own. May be given several times",
-    },
-    Spec {
-        name: "listen",
-        default: "9690",
-        alone: false,
-        value: "PORT|ADDRESS",
-        help: "Where to serve /metrics: a port, which is bound on 127.0.0.1 only, or an address such as 0.0.0.0:9690 for others to reach it; there is no access control",
-    },
-    Spec {
-        name: "duration",
-        default: "6",
-        alone: false,
-        value: "SECONDS",
-        help: "How long a connection is established before it is long-term, in whole seconds of real time",
-    },
-    Spec {
-        name: "period",
-        default: "1",
-        alone: false,
-        value: "SECONDS",
-        help: "How often the kernel's table is read, from 0.1 to 3600; at most a tenth of the time is spent reading",
-    },
-    Spec {
-        name: "group-by",
-        default: "none",
-        alone: false,
-        value: "GROUP",
-        help: "A further label of conntrack_host_*: subnet/24 (bits of IPv4, 64 of IPv6), subnet/24/56 (of both), cgroup, none",
-    },
-    Spec {
-        name: "proc-root",
-        default: "/proc",
-        alone: false,
-        value: "DIRECTORY",
-        help: "Read the tables under another /proc, such as a host's that is mounted into this container: DIRECTORY/1/net, else DIRECTORY/net",
-    },
-    Spec {
-        name: "otlp",
-        default: "auto",
-        alone: true,
-        value: "BOOL|URL",
-        help: "Send metrics by OTLP too: true (where OTEL_EXPORTER_OTLP_* says), a URL, false; auto if OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_METRICS_ENDPOINT is set",
-    },
-];
-
-/// The file's name: its flag, its variable.
-pub(super) const CONFIG: (&str, &str) = ("config", "CONFIG");
 
 /// What was said on the command line.
 #[derive(Debug)]
@@ -105,7 +19,8 @@ pub(super) struct Flags(ArgMatches);
 impl Flags {
     /// The value as it was said; several are a list.
     pub(super) fn get(&self, name: &str) -> Option<OsString> {
-        let values: Vec<_> = self.0.get_many::<OsString>(name)?.cloned().collect();
+        let values = self.0.try_get_many::<OsString>(name).ok()??;
+        let values: Vec<_> = values.cloned().collect();
         Some(values.join(std::ffi::OsStr::new(",")))
     }
 
@@ -118,9 +33,13 @@ impl Flags {
         if let Some(shell) = self.0.get_one::<String>("completions") {
             let mut text = Vec::new();
             // One of the possible values.
-            let shell: clap_complete::Shell = shell.parse().ok()?;
-            clap_complete::generate(shell, &mut command(), "conntrack-exporter", &mut text);
-            return Some(Ok(text));
+            return Some(match shell.parse::<clap_complete::Shell>() {
+                Ok(shell) => {
+                    clap_complete::generate(shell, &mut command(), "conntrack-exporter", &mut text);
+                    Ok(text)
+                }
+                Err(why) => Err(ConfigError::new("--completions", shell, &why)),
+            });
         }
         if self.0.get_flag("man") {
             let mut text = Vec::new();
@@ -136,8 +55,28 @@ impl Flags {
 
 /// Reads the command line; the error may be help or version.
 pub(super) fn parse(arguments: Vec<OsString>) -> Result<Flags, clap::Error> {
-    let arguments = arguments.into_iter().map(two_dashes);
-    command().try_get_matches_from(arguments).map(Flags)
+    let arguments: Vec<_> = arguments.into_iter().map(two_dashes).collect();
+    let matches = command().try_get_matches_from(&arguments);
+    matches.map(Flags).map_err(|error| {
+        let hint = (error.kind() == ErrorKind::UnknownArgument).then(|| apart(&arguments));
+        match hint.flatten() {
+            Some(hint) => command().error(ErrorKind::UnknownArgument, hint),
+            None => error,
+        }
+    })
+}
+
+/// `--otlp URL`: what may stand alone takes its value by `=`, as in Go.
+fn apart(arguments: &[OsString]) -> Option<String> {
+    arguments.windows(2).find_map(|two| {
+        let [flag, value] = [two[0].to_str()?, two[1].to_str()?];
+        let alone = |spec: &&&Spec| spec.alone && flag.strip_prefix("--") == Some(spec.name);
+        SETTINGS.iter().find(alone)?;
+        // It may be a secret's.
+        let shown = if value.contains("://") { "URL" } else { value };
+        (!value.starts_with('-'))
+            .then(|| format!("{flag} takes its value by `=`: write {flag}={shown}"))
+    })
 }
 
 /// tcp_established_exporter's flags may have one dash, as all of Go's.
@@ -154,6 +93,8 @@ fn two_dashes(argument: OsString) -> OsString {
 fn command() -> Command {
     let mut command = Command::new("conntrack-exporter")
         .version(env!("CARGO_PKG_VERSION"))
+        // Of several, the last: as Go's flags.
+        .args_override_self(true)
         .about("The TCP connections of this host for Prometheus and OTLP: how many, on which ports, and for how long")
         .long_about(
             "The TCP connections of this host for Prometheus and OTLP: how many, on which ports, and for how long.\n\n\
@@ -163,7 +104,8 @@ fn command() -> Command {
         .after_help(
             "Every setting is a flag, an environment variable (SIMPLE, GROUP_BY, ...) and a line of the \
              config file (`simple true`, `port=443`, `simple` alone; # begins a comment). A flag goes \
-             before the environment, that before the file. OTLP is set up by OTEL_*.\n\n\
+             before the environment, that before the file; of a flag that is given several times, the \
+             last counts, but ports are added up. OTLP is set up by OTEL_*.\n\n\
              Exit codes: 0, 1 where it can't run, 2 where a setting can't be used.",
         );
     for spec in SETTINGS {
@@ -187,7 +129,7 @@ fn command() -> Command {
             // Also `-1`.
             argument = argument.allow_hyphen_values(true);
         }
-        if spec.name == "port" {
+        if spec.name == PORT.name {
             argument = argument.action(ArgAction::Append);
         }
         command = command.arg(argument);
@@ -251,6 +193,12 @@ mod tests {
             (&["--conf", "x"], "config", Some("x")),
             (&["-config=x"], "config", Some("x")),
             (&["--otlp=http://x"], "otlp", Some("http://x")),
+            // Go's flags take the last; our ports are added up.
+            (&["-listen=1", "--listen", "2"], "listen", Some("2")),
+            (&["-simple", "-simple=false"], "simple", Some("false")),
+            (&["--conf", "x", "--config=y"], "config", Some("y")),
+            (&["-port=80", "-port=81"], "port", Some("80,81")),
+            (&["--once", "--once"], "simple", None),
             (&[], "simple", None),
         ] {
             let flags = parsed(arguments).unwrap();
@@ -261,10 +209,29 @@ mod tests {
             &["--simple", "true"][..],
             &["--nothing"],
             &["--port"],
-            &["--listen", "1", "--listen", "2"],
+            &["443"],
             &["--completions", "cobol"],
         ] {
             assert_eq!(parsed(wrong).unwrap_err().exit_code(), 2, "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_value_that_stands_apart_is_told_where_it_belongs() {
+        for (arguments, hint) in [
+            (&["--simple", "true"][..], Some("write --simple=true")),
+            (&["-tcpv6", "false", "--once"], Some("write --tcpv6=false")),
+            (
+                &["--otlp", "http://user:secret@x"],
+                Some("write --otlp=URL"),
+            ),
+            (&["--otlp", "--nothing"], None),
+            (&["--listen", "1", "x"], None),
+        ] {
+            let error = parsed(arguments).unwrap_err().to_string();
+            assert_eq!(error.contains("by `=`"), hint.is_some(), "{error}");
+            assert!(error.contains(hint.unwrap_or_default()), "{error}");
+            assert!(!error.contains("secret"), "{error}");
         }
     }
 

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use super::args::{SETTINGS, Spec};
+use super::specs::{SETTINGS, Spec};
 use crate::config::ConfigError;
 
 /// How long a file may be.
@@ -93,8 +93,41 @@ fn unknown(key: &str) -> String {
     format!("there is no such setting; there are {}", known.join(", "))
 }
 
+/// What holds of every text: it is read to lines that read the same again, or the error says where.
+#[cfg(any(test, fuzzing))]
+pub(super) fn hold(text: &str) -> Vec<Line> {
+    let lines = match parse(text, "x") {
+        Ok(lines) => lines,
+        Err(error) => {
+            let place = error.setting().strip_prefix("x:").expect("the name");
+            let number: usize = place.parse().expect("the line's number");
+            let line = text.lines().nth(number - 1).expect("a line of the text");
+            assert!(line.contains(error.value()), "{error}");
+            return Vec::new();
+        }
+    };
+    for line in &lines {
+        assert!(!line.value.is_empty() && line.value.trim() == line.value);
+        assert!(SETTINGS.iter().any(|spec| spec.name == line.name));
+        let twice = lines.iter().filter(|other| other.name == line.name);
+        assert_eq!(twice.count(), 1, "{} is there twice", line.name);
+    }
+    // A value that begins with `=` needs another before it; and each line has its number again.
+    let mut again = String::new();
+    for line in &lines {
+        let empty = line.number - 1 - again.lines().count();
+        again.push_str(&"\n".repeat(empty));
+        again.push_str(&format!("{} = {}\n", line.name, line.value));
+    }
+    assert_eq!(parse(&again, "x").ok().as_ref(), Some(&lines));
+    lines
+}
+
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+    use proptest::sample::select;
+
     use super::*;
 
     #[test]
@@ -141,11 +174,74 @@ mod tests {
         }
     }
 
-    proptest::proptest! {
+    /// A line and, if it is a setting, what it means.
+    fn line() -> impl Strategy<Value = (String, Option<(&'static str, String)>)> {
+        let names: Vec<_> = SETTINGS
+            .iter()
+            .map(|spec| (spec.name, spec.alone))
+            .collect();
+        let space = "[ \t\u{a0}]{0,3}";
+        let value = "[!-~é][ -~é]{0,20}[!-~é]|[!-<>-~é]";
+        let between = prop_oneof!["[ \t]{1,3}", "[ \t]{0,2}=[ \t]{0,2}"];
+        let setting = (select(names), space, between, value, space, any::<bool>());
+        let setting = setting.prop_map(|((name, alone), before, between, value, after, short)| {
+            if alone && short {
+                return (
+                    format!("{before}{name}{after}"),
+                    Some((name, "true".to_owned())),
+                );
+            }
+            // The first one is the sign between them.
+            let between = if value.starts_with('=') {
+                "="
+            } else {
+                &*between
+            };
+            let line = format!("{before}{name}{between}{value}{after}");
+            (line, Some((name, value)))
+        });
+        let nothing = prop_oneof![Just(String::new()), "[ \t]{0,3}", "[ \t]{0,3}#[ -~é]{0,20}"];
+        prop_oneof![setting, nothing.prop_map(|line| (line, None))]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+
         #[test]
-        fn no_file_is_too_wild(text: String, near in "(simple|port|duration|#| |=|\n|\t|1){0,40}") {
-            let _ = parse(&text, "x");
-            let _ = parse(&near, "x");
+        fn no_file_is_too_wild(
+            text: String,
+            near in "((simple|tcpv6|port|allow-host|duration|conf|#|=|[ \t\r\u{a0}\u{feff}]|1|é){0,6}\n){0,12}",
+        ) {
+            hold(&text);
+            hold(&near);
+        }
+
+        #[test]
+        fn what_is_written_is_what_is_read(
+            lines in proptest::collection::vec(line(), 0..20),
+            end in prop_oneof!["\n", "\r\n"],
+            mark: bool,
+        ) {
+            let mut text = String::from(if mark { "\u{feff}" } else { "" });
+            let mut expected = Vec::new();
+            let mut twice = None;
+            for (number, (line, setting)) in (1..).zip(lines) {
+                text.push_str(&line);
+                text.push_str(&end);
+                let Some((name, value)) = setting else {
+                    continue;
+                };
+                if expected.iter().any(|line: &Line| line.name == name) {
+                    twice = twice.or_else(|| Some(format!("x:{number}")));
+                }
+                expected.push(Line { number, name, value });
+            }
+            match (parse(&text, "x"), twice) {
+                (Ok(lines), None) => prop_assert_eq!(lines, expected),
+                (Err(error), Some(place)) => prop_assert_eq!(error.setting(), place),
+                (read, twice) => prop_assert!(false, "{:?} {:?} {:?}", text, read, twice),
+            }
+            hold(&text);
         }
     }
 }

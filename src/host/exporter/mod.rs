@@ -4,19 +4,24 @@
 //! table as [`host`](super) tells. `conntrack-exporter --help` has the settings; a page at `/` shows
 //! the effective ones and where each was said.
 //!
-//! - `args` are the flags, `file` is the config file, `settings` merges them: a flag goes before the
-//!   environment, that before the file, that before the default.
-//! - `run` is the service, `serve` its HTTP, `page` what people see, `once` the table of `--once`.
+//! - `specs` are the settings that there are, `args` the flags, `file` is the config file, `settings`
+//!   merges them: a flag goes before the environment, that before the file, that before the default.
+//! - `run` is the service, `serve` its HTTP, `page` what people see, `otlp` what is sent, `once` the
+//!   table of `--once`.
 
 mod args;
 mod file;
 mod once;
+mod otlp;
 mod page;
 mod run;
 mod serve;
 mod settings;
+mod specs;
 
 use std::ffi::OsString;
+use std::fmt;
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use crate::config::ConfigError;
@@ -44,13 +49,34 @@ pub fn main() -> ExitCode {
                 Failure::Usage(error) => (error, 2),
                 Failure::Run(error) => (error, 1),
             };
-            eprintln!("conntrack-exporter: {error}");
+            say(&error);
             if code == 2 {
-                eprintln!("`conntrack-exporter --help` has the settings.");
+                say("`conntrack-exporter --help` has the settings");
             }
             ExitCode::from(code)
         }
     }
+}
+
+/// A config file's text, up to the page that shows what it says. For the fuzz target.
+#[cfg(fuzzing)]
+pub(super) fn fuzz_config(text: &str) {
+    let lines = file::hold(text);
+    let flags = args::parse(vec!["conntrack-exporter".into()]).expect("no flags");
+    let config = ("<b>".into(), settings::Origin::Flag("config".to_owned()));
+    if let Ok(settings) = settings::Settings::decide(&flags, &|_| None, Some(config), &lines) {
+        page::hold(&page::rows(&settings, "off"));
+        settings
+            .monitor()
+            .scanner()
+            .expect("what was checked can be used");
+    }
+}
+
+/// A line on stderr. Whoever read it may have gone: that ends nothing, as `eprintln!` would.
+fn say(text: impl fmt::Display) {
+    let line = format!("conntrack-exporter: {text}\n");
+    let _ = std::io::stderr().write_all(line.as_bytes());
 }
 
 fn start(arguments: Vec<OsString>) -> Result<ExitCode, Failure> {
@@ -65,7 +91,7 @@ fn start(arguments: Vec<OsString>) -> Result<ExitCode, Failure> {
     if let Some(text) = flags.document() {
         let text = text.map_err(Failure::Usage)?;
         // Who reads may have gone, as `head` does.
-        let _ = std::io::Write::write_all(&mut std::io::stdout(), &text);
+        let _ = std::io::stdout().write_all(&text);
         return Ok(ExitCode::SUCCESS);
     }
     let environment = |name: &str| std::env::var_os(name);

@@ -5,39 +5,135 @@ use std::fmt::Write as _;
 use std::io::{IsTerminal, Write as _};
 use std::time::{Duration, Instant};
 
-use super::Failure;
+use super::run::Signals;
 use super::settings::Settings;
+use super::{Failure, say};
 use crate::config::ConfigError;
 use crate::event::Direction;
 use crate::host::ports::service_names;
 use crate::host::{Connections, Snapshot};
 
 /// Watches for as long as it takes to know what is long-term, and prints what is there.
+///
+/// A signal ends it as it ends any program.
 pub(super) fn print(settings: &Settings) -> Result<(), Failure> {
-    let failed = |error: std::io::Error| {
-        let help =
-            "it can't be read; allow netlink (AF_NETLINK) or /proc/net/tcp, or give --proc-root";
-        Failure::Run(ConfigError::new("the host's TCP table", "once", help).with_source(error))
-    };
+    if std::process::id() == 1 {
+        end_by_signals();
+    }
     let mut scanner = settings.monitor().scanner().map_err(Failure::Usage)?;
-    let mut snapshot = scanner.scan().map_err(failed)?;
-    let end = Instant::now() + settings.duration;
     if std::io::stderr().is_terminal() && settings.duration > Duration::from_secs(1) {
         let seconds = settings.duration.as_secs();
-        eprintln!("watching for {seconds} s; --duration 0 for a table at once");
+        say(format_args!(
+            "watching for {seconds} s; --duration 0 for a table at once"
+        ));
     }
-    loop {
-        let left = end.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            break;
-        }
-        std::thread::sleep(left.min(settings.period));
-        snapshot = scanner.scan().map_err(failed)?;
+    let watched = watch(settings.duration, settings.period, || scanner.scan())?;
+    if let Some(note) = watched.note() {
+        say(note);
     }
-    let table = render(&snapshot, &service_names(), settings.duration);
+    let table = render(&watched.snapshot, &service_names(), settings.duration);
     // Who reads may have gone, as `head` does.
     let _ = std::io::stdout().write_all(table.as_bytes());
     Ok(())
+}
+
+/// The kernel keeps signals from the first process of a container, unless that asks for them.
+fn end_by_signals() {
+    let wait = || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        let signal = runtime.and_then(|runtime| {
+            let _inside = runtime.enter();
+            let signals = Signals::new()?;
+            Ok(runtime.block_on(signals.wait()))
+        });
+        if let Ok(signal) = signal {
+            // What a shell makes of a program that was ended by it.
+            std::process::exit(128 + signal);
+        }
+    };
+    // Without it, SIGKILL is left.
+    let _ = std::thread::Builder::new()
+        .name("conntrack-signal".to_owned())
+        .spawn(wait);
+}
+
+/// What came of watching.
+struct Watched {
+    /// The last that could be taken.
+    snapshot: Snapshot,
+    looks: u32,
+    failed: u32,
+    /// Of the last look that failed.
+    why: Option<std::io::Error>,
+    /// Whether that was the last of all.
+    stale: bool,
+}
+
+impl Watched {
+    /// What is to be known about the table, if some looks failed.
+    fn note(&self) -> Option<String> {
+        let Self { looks, failed, .. } = self;
+        let why = self.why.as_ref()?;
+        let age = self.snapshot.scan.at.elapsed().as_secs_f64();
+        let so = if self.stale {
+            format!("this is what was there {age:.1} s ago")
+        } else {
+            "the last one did not".to_owned()
+        };
+        Some(format!(
+            "{failed} of {looks} looks at the table failed, {so}: {why}"
+        ))
+    }
+}
+
+/// A look each `period`, one at the end of `duration`; one that fails loses nothing.
+fn watch(
+    duration: Duration,
+    period: Duration,
+    mut look: impl FnMut() -> std::io::Result<Snapshot>,
+) -> Result<Watched, Failure> {
+    // From the first look on: what was there then has been there for as long at the last.
+    let mut end = None;
+    let (mut snapshot, mut why) = (None, None);
+    let (mut looks, mut failed) = (0, 0);
+    loop {
+        let is_last = match end {
+            Some(end) => Instant::now() >= end,
+            None => duration.is_zero(),
+        };
+        looks += 1;
+        let looked = look();
+        let stale = looked.is_err();
+        match looked {
+            Ok(seen) => snapshot = Some(seen),
+            Err(error) => {
+                failed += 1;
+                why = Some(error);
+            }
+        }
+        let end = *end.get_or_insert_with(|| Instant::now() + duration);
+        if !is_last {
+            std::thread::sleep(end.saturating_duration_since(Instant::now()).min(period));
+            continue;
+        }
+        let Some(snapshot) = snapshot else {
+            let help = "it can't be read; allow netlink (AF_NETLINK) or /proc/net/tcp, or give --proc-root";
+            let error = ConfigError::new("the host's TCP table", "once", help);
+            return Err(Failure::Run(match why {
+                Some(why) => error.with_source(why),
+                None => error,
+            }));
+        };
+        return Ok(Watched {
+            snapshot,
+            looks,
+            failed,
+            why,
+            stale,
+        });
+    }
 }
 
 fn render(snapshot: &Snapshot, services: &HashMap<u16, String>, duration: Duration) -> String {
@@ -118,10 +214,12 @@ fn aligned(rows: &[Vec<String>]) -> String {
     };
     let widths: Vec<_> = (0..columns).map(wide).collect();
     let mut out = String::new();
+    // A cgroup's name is its maker's, and may not be fit for a terminal.
+    let plain = |c: char| if c.is_control() { '\u{fffd}' } else { c };
     for row in rows {
         let cells = row.iter().zip(&widths);
         let line: Vec<_> = cells.map(|(cell, wide)| format!("{cell:<wide$}")).collect();
-        out.push_str(line.join("  ").trim_end());
+        out.extend(line.join("  ").trim_end().chars().map(plain));
         out.push('\n');
     }
     out
@@ -132,6 +230,36 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_look_that_fails_ends_nothing_unless_all_do() {
+        let mut scanner = crate::host::Monitor::builder().scanner().unwrap();
+        let mut watched = |fails: &dyn Fn(u32) -> bool| {
+            let mut looks = 0;
+            watch(Duration::from_millis(30), Duration::from_millis(10), || {
+                looks += 1;
+                if fails(looks) {
+                    return Err(std::io::Error::other("no such table"));
+                }
+                scanner.scan()
+            })
+        };
+        assert_eq!(watched(&|_| false).ok().unwrap().note(), None);
+        let note = watched(&|look| look == 1).ok().unwrap().note().unwrap();
+        assert!(
+            note.starts_with("1 of ") && note.contains("the last one did not"),
+            "{note}"
+        );
+        let note = watched(&|look| look > 1).ok().unwrap().note().unwrap();
+        assert!(
+            note.contains(" s ago") && note.ends_with("no such table"),
+            "{note}"
+        );
+        match watched(&|_| true) {
+            Err(Failure::Run(error)) => assert!(error.to_string().contains("--proc-root")),
+            _ => panic!("nothing was there to be printed"),
+        }
+    }
+
+    #[test]
     fn columns_stand_under_each_other() {
         let rows = [["a", "bb", "c"], ["aaa", "b", ""]];
         let rows: Vec<_> = rows
@@ -139,5 +267,7 @@ mod tests {
             .map(|row| row.map(String::from).to_vec())
             .collect();
         assert_eq!(aligned(&rows), "a    bb  c\naaa  b\n");
+        let wild = [vec!["a\u{1b}[31m\n".to_owned()]];
+        assert_eq!(aligned(&wild), "a\u{fffd}[31m\n");
     }
 }

@@ -2,18 +2,26 @@
 
 use std::fmt::Write as _;
 
-use super::settings::{Otlp, Settings};
-use crate::host::Monitor;
+use super::serve::Site;
+use super::settings::Settings;
 
-const HEAD: &str = "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
-    <title>conntrack-exporter</title><style>\
-    body{font-family:sans-serif;margin:2em auto;max-width:60em;padding:0 1em}\
+/// As [`POLICY`] has its hash.
+const STYLE: &str = "body{font-family:sans-serif;margin:2em auto;max-width:60em;padding:0 1em}\
     table{border-collapse:collapse}td,th{text-align:left;padding:.2em 1em .2em 0;vertical-align:top}\
-    td:nth-child(2){font-family:monospace}</style></head>\n<body><h1>conntrack-exporter</h1>\n";
+    td:nth-child(2){font-family:monospace}";
+
+/// What a browser may do with an answer: show it, in this style.
+pub(super) const POLICY: &str = "default-src 'none'; style-src 'sha256-5Hxb9ASmcWOSDKPf1ZMXjErYrbMvjo+QDavYcOkpkHE='; base-uri 'none'; \
+    form-action 'none'; frame-ancestors 'none'";
 
 /// Whole, as HTML.
-pub(super) fn render(settings: &Settings, monitor: &Monitor) -> String {
-    let mut page = HEAD.to_owned();
+pub(super) fn render(site: &Site) -> String {
+    let (settings, monitor) = (&site.settings, &site.monitor);
+    let mut page = format!(
+        "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
+         <title>conntrack-exporter</title><style>{STYLE}</style></head>\n\
+         <body><h1>conntrack-exporter</h1>\n"
+    );
     let snapshot = monitor.snapshot();
     // Writing to a `String` can't fail.
     let _ = write!(
@@ -36,26 +44,29 @@ pub(super) fn render(settings: &Settings, monitor: &Monitor) -> String {
         );
     }
     page.push_str("<table><tr><th>setting</th><th>value</th><th>meant</th><th>said by</th></tr>\n");
-    for said in &settings.said {
-        let _ = writeln!(
-            page,
-            "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
-            said.name,
-            escaped(&shown(said.name, &said.value)),
-            escaped(&meant(settings, said.name)),
-            escaped(&said.origin.to_string()),
-        );
-    }
-    if let Some((path, origin)) = &settings.config {
-        let _ = writeln!(
-            page,
-            "<tr><td>config</td><td>{}</td><td></td><td>{}</td></tr>",
-            escaped(&path.display().to_string()),
-            escaped(&origin.to_string()),
-        );
-    }
+    page.push_str(&rows(settings, &site.otlp));
     page.push_str("</table></body></html>\n");
     page
+}
+
+/// The table's: every setting, and the file.
+pub(super) fn rows(settings: &Settings, otlp: &str) -> String {
+    let mut rows = String::new();
+    for said in &settings.said {
+        let value = shown(said.name, &said.value);
+        let meant = meant(settings, otlp, said.name);
+        rows.push_str(&row([said.name, &value, &meant, &said.origin.to_string()]));
+    }
+    if let Some((path, origin)) = &settings.config {
+        let path = path.display().to_string();
+        rows.push_str(&row(["config", &path, "", &origin.to_string()]));
+    }
+    rows
+}
+
+fn row(cells: [&str; 4]) -> String {
+    let [name, value, meant, origin] = cells.map(escaped);
+    format!("<tr><td>{name}</td><td>{value}</td><td>{meant}</td><td>{origin}</td></tr>\n")
 }
 
 /// A URL may have credentials in it.
@@ -68,18 +79,19 @@ fn shown(name: &str, value: &str) -> String {
 }
 
 /// What became of it, where that is not plain.
-fn meant(settings: &Settings, name: &str) -> String {
+fn meant(settings: &Settings, otlp: &str, name: &str) -> String {
     match name {
         "port" if settings.ports.is_all() => {
             format!("all but {}, the exporter's own", settings.listen.port())
         }
         "port" => settings.ports.to_string(),
         "listen" => settings.listen.to_string(),
-        "group-by" => settings.group_by.to_string(),
-        "otlp" => match &settings.otlp {
-            Otlp::Off => "off".to_owned(),
-            Otlp::On | Otlp::To(_) => "on".to_owned(),
+        "allow-host" => match &settings.allowed {
+            Some(_) => "and IP addresses, localhost, *.localhost".to_owned(),
+            None => "any, for it listens for others".to_owned(),
         },
+        "group-by" => settings.group_by.to_string(),
+        "otlp" => otlp.to_owned(),
         _ => String::new(),
     }
 }
@@ -99,6 +111,19 @@ fn escaped(text: &str) -> String {
     out
 }
 
+/// Panics if there is markup in it but ours.
+#[cfg(any(test, fuzzing))]
+pub(super) fn hold(rows: &str) {
+    for row in rows.lines() {
+        let row = row.strip_prefix("<tr><td>").expect("a row begins");
+        let row = row.strip_suffix("</td></tr>").expect("a row ends");
+        let cells: Vec<_> = row.split("</td><td>").collect();
+        assert_eq!(cells.len(), 4, "{row}");
+        let plain = |cell: &&str| !cell.contains(['<', '>', '"', '\'']);
+        assert!(cells.iter().all(plain), "{row}");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -110,5 +135,20 @@ mod tests {
             "&lt;script&gt;&#39;&quot;&amp;amp;"
         );
         assert_eq!(shown("otlp", "http://user:secret@x"), "a URL");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_cell_is_markup(
+            cells in proptest::array::uniform4("[<>&'\"/=a-z]{0,20}|[^\\x00-\\x1f\u{85}\u{2028}\u{2029}]{0,20}"),
+        ) {
+            let row = row(cells.each_ref().map(String::as_str));
+            hold(&row);
+            let back = row.trim_end().replace("<tr><td>", "").replace("</td></tr>", "");
+            let back = back.replace("</td><td>", "<").replace("&lt;", "\u{1}").replace("&gt;", ">");
+            let back = back.replace("&quot;", "\"").replace("&#39;", "'").replace("&amp;", "&");
+            let back: Vec<_> = back.split('<').map(|cell| cell.replace('\u{1}', "<")).collect();
+            proptest::prop_assert_eq!(back, cells);
+        }
     }
 }

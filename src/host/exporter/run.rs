@@ -9,44 +9,38 @@ use opentelemetry::metrics::MeterProvider;
 use opentelemetry_sdk::metrics::SdkMeterProvider;
 use tokio::sync::watch;
 
-use super::Failure;
+use super::otlp::Sending;
 use super::serve::{self, Site};
 use super::settings::{Otlp, Settings};
+use super::specs::LISTEN;
+use super::{Failure, say};
 use crate::config::ConfigError;
-use crate::conntrack::Conntrack;
 use crate::host::Monitor;
-use crate::telemetry::runtime::TelemetryRuntime;
-use crate::telemetry::{names, otlp};
+use crate::telemetry::names;
 
-/// How long the last export may take.
-const FLUSH: Duration = Duration::from_secs(5);
 /// How often it is looked whether scans fail.
 const WATCH: Duration = Duration::from_secs(1);
 
 /// Runs until SIGTERM or SIGINT.
 pub(super) fn run(mut settings: Settings) -> Result<(), Failure> {
-    log();
-    let plan = plan(&settings).map_err(Failure::Usage)?;
-    let setting = settings
-        .of("listen")
-        .map_or_else(String::new, |said| said.setting());
-    let listener = bind(&settings, &setting).map_err(Failure::Run)?;
+    log().map_err(Failure::Usage)?;
+    let sending = Sending::plan(&settings, std::env::vars_os()).map_err(Failure::Usage)?;
+    let listener = bind(&settings).map_err(Failure::Run)?;
     // Port 0 has become a real one.
     settings.listen = listener
         .local_addr()
-        .map_err(|error| Failure::Run(refused(&settings, &setting, error)))?;
-    let monitor = settings.monitor().leave_out_port(settings.listen.port());
+        .map_err(|error| Failure::Run(refused(&settings, error)))?;
+    let monitor = settings
+        .monitor()
+        .leave_out_port(settings.listen.port())
+        .leave_out_self(sending.on);
     let monitor = monitor.start().map_err(Failure::Run)?;
 
     // One provider for each exporter: with two readers on one, series that are gone come back.
     let registry = prometheus::Registry::new();
-    let for_prometheus = for_prometheus(&plan, &registry, &monitor, settings.simple);
+    let for_prometheus = for_prometheus(&sending, &registry, &monitor, settings.simple);
     let _for_prometheus = for_prometheus.map_err(Failure::Run)?;
-    let exporting = if plan.metrics.is_some() && !plan.disabled {
-        Some(Exporting::start(&plan, &monitor).map_err(Failure::Run)?)
-    } else {
-        None
-    };
+    let exporting = sending.start(&monitor).map_err(Failure::Run)?;
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -56,17 +50,20 @@ pub(super) fn run(mut settings: Settings) -> Result<(), Failure> {
     let signals = runtime
         .block_on(async { Signals::new() })
         .map_err(|error| Failure::Run(no_runtime(error)))?;
-    eprintln!(
-        "conntrack-exporter: listening on http://{}/\n\
-         conntrack-exporter: the table is read by {}, every {:?}",
-        settings.listen,
+    say(format_args!("listening on http://{}/", settings.listen));
+    say(format_args!(
+        "the table is read by {}, every {:?}",
         monitor.snapshot().scan.source.as_str(),
         settings.period
-    );
+    ));
+    if sending.on || settings.otlp != Otlp::Auto {
+        say(format_args!("metrics by OTLP: {}", sending.words));
+    }
     let site = Arc::new(Site {
         settings,
         monitor,
         registry,
+        otlp: sending.words,
     });
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::from_std(listener);
@@ -75,7 +72,7 @@ pub(super) fn run(mut settings: Settings) -> Result<(), Failure> {
         let serving = serve::serve(listener, site.clone(), stopped);
         let told = async {
             tokio::select! {
-                () = signals.wait() => {}
+                _ = signals.wait() => {}
                 () = tell_failures(&site.monitor) => {}
             }
             // Nobody listens only if serving is over.
@@ -87,41 +84,44 @@ pub(super) fn run(mut settings: Settings) -> Result<(), Failure> {
     if let Some(exporting) = exporting {
         exporting.stop();
     }
-    eprintln!("conntrack-exporter: stopped");
+    say("stopped");
     Ok(())
 }
 
 /// What the OTLP exporter says, on stderr.
-fn log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| "warn,otel_conntrack=info".into());
+fn log() -> Result<(), ConfigError> {
+    const VARIABLE: &str = "RUST_LOG";
+    let given = std::env::var_os(VARIABLE).unwrap_or_default();
+    let given = given.to_string_lossy();
+    let filter = match given.trim() {
+        "" => "warn,otel_conntrack=info",
+        given => given,
+    };
+    let filter = tracing_subscriber::EnvFilter::try_new(filter).map_err(|error| {
+        let help = "must be levels and targets, such as info or warn,otel_conntrack=debug";
+        ConfigError::new(VARIABLE, &given, help).with_source(error)
+    })?;
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr);
+        .with_writer(std::io::stderr)
+        // By `eprintln!`, which ends the program where nobody reads it.
+        .log_internal_errors(false);
     // Who calls this in a program of his own may have one.
     let _ = subscriber.try_init();
+    Ok(())
 }
 
-/// Endpoint, resource, headers and all, as `OTEL_*` say.
-fn plan(settings: &Settings) -> Result<crate::telemetry::settings::Plan, ConfigError> {
-    let mut builder = Conntrack::builder().otlp(settings.otlp != Otlp::Off);
-    if let Otlp::To(endpoint) = &settings.otlp {
-        builder = builder.otlp_endpoint(endpoint);
-    }
-    std::mem::take(&mut builder.init).plan()
-}
-
-fn bind(settings: &Settings, setting: &str) -> Result<TcpListener, ConfigError> {
+fn bind(settings: &Settings) -> Result<TcpListener, ConfigError> {
     let listener = TcpListener::bind(settings.listen);
     let listener = listener.and_then(|listener| {
         listener.set_nonblocking(true)?;
         Ok(listener)
     });
-    listener.map_err(|error| refused(settings, setting, error))
+    listener.map_err(|error| refused(settings, error))
 }
 
-fn refused(settings: &Settings, setting: &str, error: std::io::Error) -> ConfigError {
+fn refused(settings: &Settings, error: std::io::Error) -> ConfigError {
     let help = match error.kind() {
         std::io::ErrorKind::AddrInUse => {
             "the address is in use; end who has it (`ss -tlnp` shows it), or give another"
@@ -129,17 +129,22 @@ fn refused(settings: &Settings, setting: &str, error: std::io::Error) -> ConfigE
         std::io::ErrorKind::PermissionDenied => {
             "the system does not allow it; give a port from 1024 on"
         }
+        _ if settings.listen.is_ipv6() => {
+            "it can't be bound; give an address of this host, one of IPv4 where it has no IPv6, such as \
+             0.0.0.0:9690"
+        }
         _ => "it can't be bound; give an address of this host, such as 127.0.0.1:9690",
     };
-    ConfigError::new(setting, &settings.listen.to_string(), help).with_source(error)
+    let address = settings.listen.to_string();
+    ConfigError::new(&settings.setting(&LISTEN), &address, help).with_source(error)
 }
 
-fn no_runtime(error: std::io::Error) -> ConfigError {
+pub(super) fn no_runtime(error: std::io::Error) -> ConfigError {
     ConfigError::new("runtime", "1 thread", "the system has no room for it").with_source(error)
 }
 
 fn for_prometheus(
-    plan: &crate::telemetry::settings::Plan,
+    sending: &Sending,
     registry: &prometheus::Registry,
     monitor: &Monitor,
     simple: bool,
@@ -152,7 +157,7 @@ fn for_prometheus(
         .with_registry(registry.clone())
         .build()
         .map_err(|error| refused(&error))?;
-    let provider = otlp::meters(&plan.resource).with_reader(exporter).build();
+    let provider = sending.unsent().with_reader(exporter).build();
     // Ages are a histogram there.
     let wanted = |metric: &names::Metric| metric.name != names::HOST_AGES.name;
     monitor.observe_those(
@@ -165,41 +170,6 @@ fn for_prometheus(
     Ok(provider)
 }
 
-/// OTLP, on a small runtime of its own.
-struct Exporting {
-    provider: SdkMeterProvider,
-    _runtime: TelemetryRuntime,
-}
-
-impl Exporting {
-    fn start(
-        plan: &crate::telemetry::settings::Plan,
-        monitor: &Monitor,
-    ) -> Result<Self, ConfigError> {
-        let runtime = TelemetryRuntime::start().map_err(no_runtime)?;
-        let provider = otlp::meter_provider(plan, runtime.handle(), &Arc::default())?;
-        // Asked for only where metrics go out.
-        let provider = provider.unwrap_or_default();
-        monitor.observe(&provider.meter_with_scope(crate::telemetry::scope(0)));
-        Ok(Self {
-            provider,
-            _runtime: runtime,
-        })
-    }
-
-    /// The last export, within a bound: the SDK's own is longer, so it is not waited for beyond.
-    fn stop(self) {
-        let Self { provider, _runtime } = self;
-        let (told, done) = std::sync::mpsc::channel();
-        let _ = std::thread::Builder::new()
-            .name("conntrack-flush".to_owned())
-            .spawn(move || told.send(provider.shutdown_with_timeout(FLUSH).is_ok()));
-        if !matches!(done.recv_timeout(FLUSH), Ok(true)) {
-            eprintln!("conntrack-exporter: the last metrics were not sent");
-        }
-    }
-}
-
 /// Says when scans begin to fail and when they work again. Never ends.
 async fn tell_failures(monitor: &Monitor) {
     let mut failing = false;
@@ -208,56 +178,56 @@ async fn tell_failures(monitor: &Monitor) {
         tokio::time::sleep(WATCH).await;
         match monitor.failure() {
             Some(why) if !failing => {
-                eprintln!("conntrack-exporter: the table can't be read: {why}");
+                say(format_args!("the table can't be read: {why}"));
                 failing = true;
             }
             None if failing => {
-                eprintln!("conntrack-exporter: the table can be read again");
+                say("the table can be read again");
                 failing = false;
             }
             _ => {}
         }
         let now = monitor.snapshot().scan.source;
         if now != source {
-            eprintln!(
-                "conntrack-exporter: the table is read by {} now",
-                now.as_str()
-            );
+            say(format_args!("the table is read by {} now", now.as_str()));
             source = now;
         }
     }
 }
 
 #[cfg(unix)]
-struct Signals([tokio::signal::unix::Signal; 2]);
+pub(super) struct Signals([tokio::signal::unix::Signal; 2]);
 
 #[cfg(unix)]
 impl Signals {
-    fn new() -> std::io::Result<Self> {
+    pub(super) fn new() -> std::io::Result<Self> {
         use tokio::signal::unix::{SignalKind, signal};
         let [one, two] = [SignalKind::terminate(), SignalKind::interrupt()].map(signal);
         Ok(Self([one?, two?]))
     }
 
-    async fn wait(self) {
+    /// Its number.
+    pub(super) async fn wait(self) -> i32 {
+        use tokio::signal::unix::SignalKind;
         let [mut one, mut two] = self.0;
         tokio::select! {
-            _ = one.recv() => {}
-            _ = two.recv() => {}
+            _ = one.recv() => SignalKind::terminate().as_raw_value(),
+            _ = two.recv() => SignalKind::interrupt().as_raw_value(),
         }
     }
 }
 
 #[cfg(not(unix))]
-struct Signals;
+pub(super) struct Signals;
 
 #[cfg(not(unix))]
 impl Signals {
-    fn new() -> std::io::Result<Self> {
+    pub(super) fn new() -> std::io::Result<Self> {
         Ok(Self)
     }
 
-    async fn wait(self) {
+    pub(super) async fn wait(self) -> i32 {
         let _ = tokio::signal::ctrl_c().await;
+        2
     }
 }

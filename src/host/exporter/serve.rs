@@ -1,33 +1,25 @@
 //! HTTP: `/metrics`, `/` and `/-/healthy`.
 //!
-//! Every answer is made from what the last scan left; none waits for one. Everything is bounded: how
-//! many are connected, how long a head may take, how long a connection lives.
+//! Every answer is made from what the last scan left; none waits for one. What clients may take is
+//! bounded in [`serving`].
 
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus::{Encoder, Registry, TextEncoder};
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
 use super::page;
 use super::settings::Settings;
 use crate::host::Monitor;
+use crate::serving::{self, Bounds, hosts};
 
-/// How many scrapers may be connected at once; more wait in the kernel's queue.
-const SCRAPERS: usize = 32;
-/// How long a scraper may take for its request's head, and be silent between two.
-const HEAD: Duration = Duration::from_secs(10);
-/// How long a connection may live: who does not read must not hold a place for ever.
-const LIFE: Duration = Duration::from_secs(120);
-/// How long answers under way may take at the end.
-const CLOSING: Duration = Duration::from_secs(2);
+/// Scrapers, and people who look.
+const BOUNDS: Bounds = Bounds::new(32);
 /// Scans fail for so long at least before the health is bad.
 const UNHEALTHY: Duration = Duration::from_secs(10);
 
@@ -36,107 +28,101 @@ pub(super) struct Site {
     pub(super) settings: Settings,
     pub(super) monitor: Monitor,
     pub(super) registry: Registry,
+    /// What is sent by OTLP, in words.
+    pub(super) otlp: String,
 }
 
 /// Serves until it is told to stop; then answers under way are finished.
 pub(super) async fn serve(listener: TcpListener, site: Arc<Site>, mut stop: watch::Receiver<bool>) {
-    let places = Arc::new(Semaphore::new(SCRAPERS));
-    loop {
-        let accepted = async {
-            let place = places.clone().acquire_owned().await.ok()?;
-            Some((listener.accept().await, place))
-        };
-        let accepted = tokio::select! {
-            accepted = accepted => accepted,
-            () = told(&mut stop) => break,
-        };
-        let Some((accepted, place)) = accepted else {
-            break;
-        };
-        let Ok((stream, _)) = accepted else {
-            // Out of descriptors, as a rule: it must not spin.
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            continue;
-        };
-        let (site, stop) = (site.clone(), stop.clone());
-        tokio::spawn(async move {
-            let _place = place;
-            let _ = tokio::time::timeout(LIFE, connection(stream, site, stop)).await;
-        });
-    }
-    drop(listener);
-    // All places are free once nobody is left.
-    let left = places.acquire_many(SCRAPERS as u32);
-    let _ = tokio::time::timeout(CLOSING, left).await;
-}
-
-async fn told(stop: &mut watch::Receiver<bool>) {
+    let answer = move |request| std::future::ready(answer(&request, &site));
     // An error says that the teller is gone: then it is over too.
-    let _ = stop.wait_for(|stop| *stop).await;
+    let told = async move {
+        let _ = stop.wait_for(|stop| *stop).await;
+    };
+    serving::serve(listener, BOUNDS, answer, told).await;
 }
 
-async fn connection(
-    stream: tokio::net::TcpStream,
-    site: Arc<Site>,
-    mut stop: watch::Receiver<bool>,
-) {
-    let service = service_fn(move |request| {
-        let response = answer(&request, &site);
-        async move { Ok::<_, Infallible>(response) }
-    });
-    let mut connection = std::pin::pin!(
-        hyper::server::conn::http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(HEAD)
-            .serve_connection(TokioIo::new(stream), service)
-    );
-    // How a scraper's connection ends is its own business.
-    tokio::select! {
-        _ = connection.as_mut() => {}
-        () = told(&mut stop) => {
-            connection.as_mut().graceful_shutdown();
-            let _ = connection.await;
-        }
+/// What every answer has: nothing is stored, framed, sniffed or loaded from elsewhere.
+const SECURE: [(HeaderName, &str); 3] = [
+    (header::CACHE_CONTROL, "no-store"),
+    (header::CONTENT_SECURITY_POLICY, page::POLICY),
+    (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+];
+
+const TEXT: &str = "text/plain; charset=utf-8";
+
+fn respond(
+    status: StatusCode,
+    kind: &'static str,
+    text: impl Into<Bytes>,
+) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(text.into()));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    for (name, value) in SECURE.into_iter().chain([(header::CONTENT_TYPE, kind)]) {
+        headers.insert(name, HeaderValue::from_static(value));
     }
+    response
 }
 
 fn answer<B>(request: &Request<B>, site: &Site) -> Response<Full<Bytes>> {
-    const TEXT: &str = "text/plain; charset=utf-8";
-    let respond = |status: StatusCode, kind: &'static str, text: String| {
-        let mut response = Response::new(Full::new(Bytes::from(text)));
-        *response.status_mut() = status;
-        let kind = header::HeaderValue::from_static(kind);
-        response.headers_mut().insert(header::CONTENT_TYPE, kind);
-        response
-    };
+    if let Some(allowed) = &site.settings.allowed
+        && let Err((status, why)) = asked_of_us(request.headers(), allowed)
+    {
+        return respond(status, TEXT, why);
+    }
     let path = request.uri().path();
     if !matches!(path, "/" | "/metrics" | "/-/healthy") {
-        let text = "there are /, /metrics and /-/healthy\n";
-        return respond(StatusCode::NOT_FOUND, TEXT, text.to_owned());
+        return respond(
+            StatusCode::NOT_FOUND,
+            TEXT,
+            "there are /, /metrics and /-/healthy\n",
+        );
     }
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
-        let mut response = respond(StatusCode::METHOD_NOT_ALLOWED, TEXT, "GET it\n".to_owned());
-        let allowed = header::HeaderValue::from_static("GET, HEAD");
+        let mut response = respond(StatusCode::METHOD_NOT_ALLOWED, TEXT, "GET it\n");
+        let allowed = HeaderValue::from_static("GET, HEAD");
         response.headers_mut().insert(header::ALLOW, allowed);
         return response;
     }
     match path {
         "/metrics" => match text(&site.registry) {
             Ok(text) => respond(StatusCode::OK, prometheus::TEXT_FORMAT, text),
-            Err(error) => respond(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                TEXT,
-                format!("{error}\n"),
-            ),
+            Err(error) => {
+                let text = format!("{error}\n");
+                respond(StatusCode::INTERNAL_SERVER_ERROR, TEXT, text)
+            }
         },
         "/" => {
-            let page = page::render(&site.settings, &site.monitor);
+            let page = page::render(site);
             respond(StatusCode::OK, "text/html; charset=utf-8", page)
         }
         _ => match sick(site) {
-            None => respond(StatusCode::OK, TEXT, "healthy\n".to_owned()),
+            None => respond(StatusCode::OK, TEXT, "healthy\n"),
             Some(why) => respond(StatusCode::SERVICE_UNAVAILABLE, TEXT, why),
         },
+    }
+}
+
+/// Whether the request names us. One without `Host` is no browser's: load balancers ask so.
+fn asked_of_us(headers: &HeaderMap, allowed: &[String]) -> Result<(), (StatusCode, &'static str)> {
+    let mut all = headers.get_all(header::HOST).iter();
+    match (all.next(), all.next()) {
+        (None, _) => Ok(()),
+        (Some(_), Some(_)) => Err((
+            StatusCode::BAD_REQUEST,
+            "the request has more than one Host\n",
+        )),
+        (Some(host), None) => {
+            let known = host
+                .to_str()
+                .is_ok_and(|host| hosts::is_known(host, allowed));
+            let why = "this name is not known here: ask for an IP address or localhost, or allow the \
+                       name with --allow-host\n";
+            known
+                .then_some(())
+                .ok_or((StatusCode::MISDIRECTED_REQUEST, why))
+        }
     }
 }
 

@@ -7,14 +7,21 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::args::{CONFIG, Flags, SETTINGS, Spec};
+use super::args::Flags;
 use super::file::{self, Line};
+use super::specs::{self, CONFIG, Spec};
 use crate::config::ConfigError;
 use crate::host::ports::service;
 use crate::host::{GroupBy, Monitor, MonitorBuilder, Ports};
+use crate::serving::hosts;
 
 /// The longest `duration`, seconds: ten years.
 const LONGEST: u64 = 10 * 365 * 86_400;
+
+/// The most `rows`, as [`MonitorBuilder::rows`] takes them.
+const MOST_ROWS: usize = 1_800;
+/// The highest `limit`: more than a kernel has descriptors for, and no memory for a slip of the pen.
+const MOST_SOCKETS: usize = 100_000_000;
 
 /// Where a value was said.
 #[derive(Clone, Debug, PartialEq)]
@@ -46,7 +53,7 @@ pub(super) struct Said {
 
 impl Said {
     /// How errors call it.
-    pub(super) fn setting(&self) -> String {
+    fn setting(&self) -> String {
         format!("{} ({})", self.name, self.origin)
     }
 
@@ -70,8 +77,10 @@ impl Said {
 /// Whether and where to metrics are sent.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Otlp {
+    /// As the environment says.
+    Auto,
     Off,
-    /// Where the environment says.
+    /// To where the environment says.
     On,
     To(String),
 }
@@ -83,12 +92,17 @@ pub(super) struct Settings {
     pub(super) ipv6: bool,
     pub(super) ports: Ports,
     pub(super) listen: SocketAddr,
+    /// The names under which it may be asked, as [`hosts::is_known`] takes them; none if under any.
+    pub(super) allowed: Option<Vec<String>>,
     pub(super) duration: Duration,
     pub(super) period: Duration,
     pub(super) group_by: GroupBy,
-    proc_root: PathBuf,
+    rows: usize,
+    limit: usize,
+    /// Another than this system's.
+    proc_root: Option<PathBuf>,
     pub(super) otlp: Otlp,
-    /// In the order of [`SETTINGS`].
+    /// All of them, in the order of [`specs::SETTINGS`].
     pub(super) said: Vec<Said>,
     /// The file, if there was one.
     pub(super) config: Option<(PathBuf, Origin)>,
@@ -104,34 +118,48 @@ impl Settings {
             Some((path, origin)) => file::read(path, &origin.to_string())?,
             None => Vec::new(),
         };
+        Self::decide(flags, environment, config, &lines)
+    }
+
+    /// From what was said everywhere; `lines` are the file's.
+    pub(super) fn decide(
+        flags: &Flags,
+        environment: Environment<'_>,
+        config: Option<(PathBuf, Origin)>,
+        lines: &[Line],
+    ) -> Result<Self, ConfigError> {
         let path = config.as_ref();
         let path = path.map_or_else(|| Path::new(""), |(path, _)| path);
-        let said = SETTINGS
-            .iter()
-            .map(|spec| find(spec, flags, environment, path, &lines))
-            .collect::<Result<Vec<_>, _>>()?;
-        let [
-            simple,
-            tcpv6,
-            port,
-            listen,
-            duration,
-            period,
-            group_by,
-            proc_root,
-            otlp,
-        ] = &said[..]
-        else {
-            unreachable!("one for each of the table");
+        let mut said = Vec::new();
+        let mut find = |spec: &Spec| -> Result<Said, ConfigError> {
+            let found = find(spec, flags, environment, path, lines)?;
+            said.push(found.clone());
+            Ok(found)
         };
+        let simple = find(&specs::SIMPLE)?;
+        let tcpv6 = find(&specs::TCPV6)?;
+        let port = find(&specs::PORT)?;
+        let listen = find(&specs::LISTEN)?;
+        let allow_host = find(&specs::ALLOW_HOST)?;
+        let duration = find(&specs::DURATION)?;
+        let period = find(&specs::PERIOD)?;
+        let group_by = find(&specs::GROUP_BY)?;
+        let rows = find(&specs::ROWS)?;
+        let limit = find(&specs::LIMIT)?;
+        let proc_root = find(&specs::PROC_ROOT)?;
+        let otlp = find(&specs::OTLP)?;
         let ports = Ports::parse(&port.setting(), &port.value, service)?;
-        let own = read_listen(listen)?;
-        if ports.without(own.port()).is_none() {
+        let own = read_listen(&listen)?;
+        // A table is printed by one who does not listen.
+        if !flags.once() && ports.without(own.port()).is_none() {
             return Err(port.wrong(
                 "this is the exporter's own port (listen), which is left out, so nothing is left; \
                  give another",
             ));
         }
+        let names = read_names(&allow_host)?;
+        // Who listens for others is asked under names that we can't know, and has no access control.
+        let checks = own.ip().to_canonical().is_loopback() || allow_host.origin != Origin::Default;
         let group = group_by
             .value
             .parse::<GroupBy>()
@@ -143,7 +171,8 @@ impl Settings {
             ));
         }
         let root = PathBuf::from(&proc_root.value);
-        if !root.is_dir() {
+        // Without /proc there may be netlink.
+        if proc_root.origin != Origin::Default && !root.is_dir() {
             return Err(proc_root.wrong("there is no such directory; give one that has net/tcp"));
         }
         Ok(Self {
@@ -151,19 +180,23 @@ impl Settings {
             ipv6: tcpv6.boolean()?,
             ports,
             listen: own,
-            duration: seconds(duration)?,
-            period: read_period(period)?,
+            allowed: checks.then_some(names),
+            duration: seconds(&duration)?,
+            period: read_period(&period)?,
             group_by: group,
-            proc_root: root,
-            otlp: read_otlp(otlp, environment)?,
+            rows: read_count(&rows, MOST_ROWS)?,
+            limit: read_count(&limit, MOST_SOCKETS)?,
+            proc_root: (proc_root.origin != Origin::Default).then_some(root),
+            otlp: read_otlp(&otlp)?,
             said,
             config,
         })
     }
 
-    /// What was said about a setting.
-    pub(super) fn of(&self, name: &str) -> Option<&Said> {
-        self.said.iter().find(|said| said.name == name)
+    /// How errors call one of them.
+    pub(super) fn setting(&self, spec: &Spec) -> String {
+        let said = self.said.iter().find(|said| said.name == spec.name);
+        said.map_or_else(|| spec.name.to_owned(), Said::setting)
     }
 
     /// For the host's table.
@@ -174,10 +207,11 @@ impl Settings {
             .duration(self.duration)
             .period(self.period)
             .group_by(self.group_by)
-            .leave_out_self(self.otlp != Otlp::Off);
-        match self.of("proc-root") {
-            Some(said) if said.origin != Origin::Default => monitor.proc_root(&self.proc_root),
-            _ => monitor,
+            .rows(self.rows)
+            .limit(self.limit);
+        match &self.proc_root {
+            Some(root) => monitor.proc_root(root),
+            None => monitor,
         }
     }
 }
@@ -247,6 +281,18 @@ fn read_listen(said: &Said) -> Result<SocketAddr, ConfigError> {
     Err(said.wrong(help))
 }
 
+fn read_names(said: &Said) -> Result<Vec<String>, ConfigError> {
+    let name = |text: &str| {
+        hosts::name(text.trim()).ok_or_else(|| {
+            said.wrong(
+                "must be names of hosts, without scheme and port, such as exporter.internal,node1; \
+                 IP addresses are answered anyway",
+            )
+        })
+    };
+    said.value.split(',').map(name).collect()
+}
+
 fn seconds(said: &Said) -> Result<Duration, ConfigError> {
     let seconds = said.value.parse::<u64>().ok();
     let seconds = seconds.filter(|seconds| *seconds <= LONGEST);
@@ -265,18 +311,15 @@ fn read_period(said: &Said) -> Result<Duration, ConfigError> {
         .ok_or_else(|| said.wrong(help))
 }
 
-fn read_otlp(said: &Said, environment: Environment<'_>) -> Result<Otlp, ConfigError> {
+fn read_count(said: &Said, most: usize) -> Result<usize, ConfigError> {
+    let count = said.value.parse().ok();
+    let count = count.filter(|count| (1..=most).contains(count));
+    count.ok_or_else(|| said.wrong(&format!("must be a whole number from 1 to {most}")))
+}
+
+fn read_otlp(said: &Said) -> Result<Otlp, ConfigError> {
     if said.value == "auto" {
-        let set = |name: &str| environment(name).is_some_and(|value| !value.is_empty());
-        let endpoints = [
-            "OTEL_EXPORTER_OTLP_ENDPOINT",
-            "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
-        ];
-        return Ok(if endpoints.into_iter().any(set) {
-            Otlp::On
-        } else {
-            Otlp::Off
-        });
+        return Ok(Otlp::Auto);
     }
     if said.value.contains("://") {
         return Ok(Otlp::To(said.value.clone()));

@@ -1,6 +1,7 @@
 use std::collections::HashMap;
 
 use super::super::args;
+use super::super::specs::SETTINGS;
 use super::*;
 
 fn read(arguments: &[&str], variables: &[(&str, &str)]) -> Result<Settings, ConfigError> {
@@ -39,13 +40,20 @@ fn the_defaults_are_the_seeds() {
     assert_eq!(settings.listen.to_string(), "127.0.0.1:9690");
     assert_eq!(settings.duration, Duration::from_secs(6));
     assert_eq!(settings.period, Duration::from_secs(1));
-    assert_eq!(settings.otlp, Otlp::Off);
+    assert_eq!(settings.otlp, Otlp::Auto);
     assert!(
         settings
             .said
             .iter()
             .all(|said| said.origin == Origin::Default)
     );
+}
+
+#[test]
+fn every_setting_is_read_and_shown_in_its_order() {
+    let settings = read(&[], &[]).unwrap();
+    let said = settings.said.iter().map(|said| said.name);
+    assert!(said.eq(SETTINGS.iter().map(|spec| spec.name)));
 }
 
 /// Every setting: the flag before the variable, that before the file, that before the default.
@@ -56,9 +64,12 @@ fn a_flag_goes_before_the_environment_and_that_before_the_file() {
         ("tcpv6", ["false", "1", "F"]),
         ("port", ["1", "2", "3"]),
         ("listen", ["11", "12", "13"]),
+        ("allow-host", ["a.example", "b.example,c", "localhost"]),
         ("duration", ["1", "2", "3"]),
         ("period", ["2", "3", "4"]),
         ("group-by", ["cgroup", "subnet/1/2", "none"]),
+        ("rows", ["1", "2", "1800"]),
+        ("limit", ["1", "2", "100000000"]),
         ("proc-root", ["/proc", "/", "/tmp"]),
         ("otlp", ["false", "true", "http://x:1"]),
     ];
@@ -72,7 +83,8 @@ fn a_flag_goes_before_the_environment_and_that_before_the_file() {
         let flag = format!("--{name}={in_flag}");
         let (config, variables) = (["--conf", file.path()], [(&*variable, in_variable)]);
         let origin = |settings: Settings| {
-            let said = settings.of(name).unwrap().clone();
+            let mut said = settings.said.into_iter();
+            let said = said.find(|said| said.name == name).unwrap();
             (said.value, said.origin.to_string())
         };
         let said = |arguments: &[&str], variables: &[(&str, &str)]| {
@@ -113,7 +125,6 @@ fn the_flag_names_the_file_before_the_variable() {
 #[test]
 fn what_can_not_be_used_is_named_with_its_place_and_the_way_out() {
     let file = File::new("wrong", "\nduration six");
-    let otlp_environment = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://x");
     for (arguments, variables, setting, help) in [
         (
             &["--simple=maybe"][..],
@@ -172,6 +183,18 @@ fn what_can_not_be_used_is_named_with_its_place_and_the_way_out() {
             "0.0.0.0:9690",
         ),
         (
+            &["--allow-host", "http://x"],
+            &[],
+            "allow-host (flag --allow-host)",
+            "without scheme",
+        ),
+        (
+            &[],
+            &[("ALLOW_HOST", "a,")],
+            "allow-host (environment variable ALLOW_HOST)",
+            "names of hosts",
+        ),
+        (
             &["--duration", "-1"],
             &[],
             "duration (flag --duration)",
@@ -191,6 +214,25 @@ fn what_can_not_be_used_is_named_with_its_place_and_the_way_out() {
         ),
         (&["--period", "0"], &[], "period (flag --period)", "0.1"),
         (&["--period", "NaN"], &[], "period (flag --period)", "0.1"),
+        (&["--rows", "0"], &[], "rows (flag --rows)", "1 to 1800"),
+        (
+            &[],
+            &[("ROWS", "1801")],
+            "rows (environment variable ROWS)",
+            "1 to 1800",
+        ),
+        (
+            &["--limit", "-1"],
+            &[],
+            "limit (flag --limit)",
+            "1 to 100000000",
+        ),
+        (
+            &[],
+            &[("LIMIT", "100000001")],
+            "limit (environment variable LIMIT)",
+            "1 to 100000000",
+        ),
         (
             &["--group-by", "subnet/33"],
             &[],
@@ -209,12 +251,7 @@ fn what_can_not_be_used_is_named_with_its_place_and_the_way_out() {
             "proc-root (flag --proc-root)",
             "no such directory",
         ),
-        (
-            &["--otlp=maybe"],
-            &[otlp_environment],
-            "otlp (flag --otlp)",
-            "URL",
-        ),
+        (&["--otlp=maybe"], &[], "otlp (flag --otlp)", "URL"),
         (
             &["--conf", file.path()],
             &[],
@@ -261,10 +298,48 @@ fn go_style_booleans_addresses_and_otlp_are_read() {
         let settings = read(&["--listen", value], &[]).unwrap();
         assert_eq!(settings.listen.to_string(), expected);
     }
-    let endpoint = [("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "http://x:1")];
-    assert_eq!(read(&[], &endpoint).unwrap().otlp, Otlp::On);
-    assert_eq!(read(&["--otlp=false"], &endpoint).unwrap().otlp, Otlp::Off);
+    assert_eq!(read(&["--otlp=auto"], &[]).unwrap().otlp, Otlp::Auto);
+    assert_eq!(read(&["--otlp=false"], &[]).unwrap().otlp, Otlp::Off);
     assert_eq!(read(&["--otlp"], &[]).unwrap().otlp, Otlp::On);
     let to = Otlp::To("http://x:1".to_owned());
     assert_eq!(read(&["--otlp=http://x:1"], &[]).unwrap().otlp, to);
+}
+
+/// What passes here is not refused there, where an error would have no place.
+#[test]
+fn the_monitor_takes_what_the_settings_take() {
+    for (rows, limit) in [("1", "1"), ("1800", "100000000")] {
+        let settings = read(&["--rows", rows, "--limit", limit], &[]).unwrap();
+        assert!(settings.monitor().scanner().is_ok());
+    }
+    assert!(Monitor::builder().rows(MOST_ROWS + 1).scanner().is_err());
+    // The defaults are the library's.
+    let settings = read(&[], &[]).unwrap().monitor();
+    assert_eq!(format!("{settings:?}"), format!("{:?}", Monitor::builder()));
+}
+
+/// A table is of any port, also that of an exporter that runs.
+#[test]
+fn the_exporters_own_port_is_refused_only_where_it_listens() {
+    let error = read(&["--port", "9690"], &[]).unwrap_err();
+    assert!(error.to_string().contains("own port"), "{error}");
+    assert!(read(&["--port", "9690", "--once"], &[]).is_ok());
+}
+
+#[test]
+fn names_are_checked_on_the_loopback_and_where_some_were_said() {
+    let allowed = |arguments: &[&str]| read(arguments, &[]).unwrap().allowed;
+    let names = |names: &[&str]| Some(names.iter().map(ToString::to_string).collect());
+    for listen in ["9690", "127.0.0.2:1", "[::1]:1", "[::ffff:127.0.0.1]:1"] {
+        assert_eq!(
+            allowed(&["--listen", listen]),
+            names(&["localhost"]),
+            "{listen}"
+        );
+    }
+    for listen in ["0.0.0.0:1", "[::]:1", "192.0.2.1:1"] {
+        assert_eq!(allowed(&["--listen", listen]), None, "{listen}");
+        let said = ["--listen", listen, "--allow-host", "A.example., b"];
+        assert_eq!(allowed(&said), names(&["a.example", "b"]), "{listen}");
+    }
 }
