@@ -274,7 +274,7 @@ impl Connection {
     }
 
     /// The kernel's last word on a connection whose bytes nobody of us could count: what it counted
-    /// stands for them.
+    /// stands for them. What was read may be one more than the data: see [`TcpInfo::bytes_received`].
     #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
     pub(crate) fn set_last_tcp_and_bytes(&self, tcp: TcpInfo) {
         self.cell
