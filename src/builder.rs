@@ -180,9 +180,12 @@ impl Builder {
         self
     }
 
-    /// Asks the kernel this often about each open connection, for the metrics `conntrack.tcp.rtt` and
-    /// `conntrack.tcp.retransmits`. Default 60 s; none for never: then both are of closes alone.
-    /// At least 100 ms. TCP on Linux, and only with a meter provider.
+    /// Asks the kernel this often about each open connection, for the metrics `conntrack.tcp.*`. Default
+    /// 60 s, at least 100 ms. TCP on Linux, and only with a meter provider.
+    ///
+    /// None for never: then `conntrack.tcp.rtt`, `retransmits` and `bytes_acked` are of closes alone, and
+    /// there are no `rtt_variance`, `congestion_window`, `delivery_rate`, `not_sent` and `lost`, which say
+    /// how it goes on what is open and are not recorded at closes.
     ///
     /// Connections are asked at times of their own, spread at random over the interval, by one thread for
     /// all. Each costs one system call, about a microsecond. Of more than 65 536 connections each is asked

@@ -11,6 +11,9 @@ mod bytes;
 #[path = "tcp_info/last.rs"]
 mod last;
 #[cfg(feature = "otlp")]
+#[path = "tcp_info/measures.rs"]
+mod measures;
+#[cfg(feature = "otlp")]
 #[path = "tcp_info/samples.rs"]
 mod samples;
 

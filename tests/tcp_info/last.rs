@@ -86,6 +86,10 @@ fn span_says(span: &SpanData, tcp: &TcpInfo) {
             number(Some(tcp.congestion_window.into())),
         ),
         (names::TCP_DELIVERY_RATE, number(tcp.delivery_rate)),
+        (
+            names::TCP_APP_LIMITED,
+            tcp.delivery_rate.map(|_| tcp.app_limited.to_string()),
+        ),
         (names::TCP_BYTES_ACKED, number(tcp.bytes_acked)),
         (names::TCP_NOT_SENT, number(tcp.not_sent.map(u64::from))),
     ] {
