@@ -188,7 +188,7 @@ impl Builder {
     /// how it goes on what is open and are not recorded at closes.
     ///
     /// Connections are asked at times of their own, spread at random over the interval, by one thread for
-    /// all. Each costs one system call, about a microsecond. Of more than 65 536 connections each is asked
+    /// all. Each costs one system call and some points in histograms, about 4 µs. Of more than 65 536 connections each is asked
     /// less often. What an idle connection says is as old as its last exchange.
     ///
     /// ```

@@ -146,6 +146,72 @@ async fn with_ipv6_too() {
     drop(client);
 }
 
+#[tokio::test]
+async fn over_ipv4_at_a_listener_for_both_families_too() {
+    let conntrack = conntrack();
+    let listener = conntrack.listener("dual").bind("[::]:0").await;
+    let Ok(mut listener) = listener else {
+        println!("skipped: this host has no IPv6");
+        return;
+    };
+    let address = SocketAddr::from(([127, 0, 0, 1], listener.local_addr().unwrap().port()));
+    let dialer = conntrack.dialer("backend").build().unwrap();
+    let (client, (server, _)) = tokio::join!(dialer.connect(address), listener.accept());
+    // The kernel says `::ffff:127.0.0.1` on that side; and one more, to the address written so.
+    let mapped = SocketAddr::from((
+        std::net::Ipv4Addr::LOCALHOST.to_ipv6_mapped(),
+        address.port(),
+    ));
+    let (other, (second, _)) = tokio::join!(dialer.connect(mapped), listener.accept());
+    let audit = audit(&conntrack).await;
+    assert_eq!((audit.checked, audit.missing_in_kernel.len()), (4, 0));
+    assert_eq!(untracked(&audit, address), [], "{audit}");
+    drop((client, server, other, second));
+}
+
+/// A connection is open for as long as any descriptor holds it.
+#[tokio::test]
+async fn a_duplicate_is_the_connection_until_it_outlives_the_record() {
+    let conntrack = conntrack();
+    let (client, server, address) = pair(&conntrack).await;
+    let duplicate = SockRef::from(client.get_ref()).try_clone().unwrap();
+    let both = audit(&conntrack).await;
+    assert_eq!((both.checked, both.missing_in_kernel.len()), (2, 0));
+    assert_eq!(untracked(&both, address), [], "{both}");
+    drop(client);
+    let left = audit(&conntrack).await;
+    let [found] = &untracked(&left, address)[..] else {
+        panic!("{left}")
+    };
+    assert_eq!((found.fd, found.peer), (duplicate.as_raw_fd(), address));
+    assert_eq!((found.state, found.likely), (TcpState::Established, None));
+    drop((duplicate, server));
+}
+
+#[tokio::test]
+async fn what_a_child_process_holds_is_the_childs() {
+    let conntrack = conntrack();
+    let (client, server, address) = pair(&conntrack).await;
+    let given = SockRef::from(client.get_ref()).try_clone().unwrap();
+    let child = std::process::Command::new("sleep")
+        .arg("60")
+        .stdin(std::os::fd::OwnedFd::from(given))
+        .stdout(std::process::Stdio::null())
+        .spawn();
+    let mut child = child.unwrap();
+    let both = audit(&conntrack).await;
+    assert_eq!((both.checked, both.missing_in_kernel.len()), (2, 0));
+    assert_eq!(untracked(&both, address), [], "{both}");
+    drop(client);
+    let theirs = audit(&conntrack).await;
+    assert_eq!((theirs.checked, theirs.missing_in_kernel.len()), (1, 0));
+    assert_eq!(untracked(&theirs, address), [], "{theirs}");
+    assert!(child.try_wait().unwrap().is_none(), "it holds it still");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    drop(server);
+}
+
 // === what we believe open and the kernel does not have ===
 
 #[tokio::test]
@@ -288,6 +354,17 @@ async fn what_is_no_connection_of_ours_is_not_told() {
 
 #[tokio::test]
 async fn a_socket_of_an_attempt_under_way_is_marked() {
+    attempt_is_marked("127.0.0.1").await;
+}
+
+#[tokio::test]
+async fn an_attempts_address_may_be_written_as_an_ipv6_one() {
+    if TcpListener::bind("[::1]:0").await.is_ok() {
+        attempt_is_marked("::ffff:127.0.0.1").await;
+    }
+}
+
+async fn attempt_is_marked(resolved: &'static str) {
     let conntrack = conntrack();
     let (_, trust) = support::tls::pair("db.test");
     // It accepts and says nothing, so the handshake goes on.
@@ -295,7 +372,7 @@ async fn a_socket_of_an_attempt_under_way_is_marked() {
     let address = listener.local_addr().unwrap();
     let dialer = conntrack
         .dialer("db")
-        .resolver(support::peers::Answers::new(&["127.0.0.1"]))
+        .resolver(support::peers::Answers::new(&[resolved]))
         .tls(trust)
         .build()
         .unwrap();
