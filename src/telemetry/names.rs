@@ -451,19 +451,19 @@ metrics! {
         "The kernel's smoothed round-trip time of connections: of each that is open once per `tcp_sample_interval`, and at its close; TCP on Linux.",
         &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT];
     TCP_ROUND_TRIP_VARIANCE = "conntrack.tcp.rtt_variance", Histogram(SETUP), "s",
-        "How much the round-trip time of open connections varies; by samples alone, each connection once per `tcp_sample_interval`; TCP on Linux.",
+        "How much the round-trip time of open connections varies; of each once per `tcp_sample_interval`, not at its close; TCP on Linux.",
         &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT];
     TCP_WINDOW = "conntrack.tcp.congestion_window", Histogram(SEGMENTS), "{segment}",
-        "How many segments may be under way on open connections; by samples alone, likewise.",
+        "How many segments may be under way on open connections; of each once per `tcp_sample_interval`, not at its close; TCP on Linux.",
         &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT];
     TCP_RATE = "conntrack.tcp.delivery_rate", Histogram(RATES), "By/s",
-        "How fast data reached the peers of open connections when the kernel measured it last; by samples alone, likewise, and only of connections where it was measured (Linux 4.9).",
+        "How fast data reached the peers of open connections when the kernel measured it last; of each once per `tcp_sample_interval`, not at its close, and only where it was measured; TCP on Linux 4.9.",
         &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT, TCP_APP_LIMITED];
     TCP_UNSENT = "conntrack.tcp.not_sent", Histogram(BYTES), "By",
-        "Bytes that were written to open connections and wait to be sent: for a window of the peer or the network; by samples alone, likewise (Linux 4.6).",
+        "Bytes that were written to open connections and wait to be sent, for the peer or for the network; of each once per `tcp_sample_interval`, not at its close; TCP on Linux 4.6.",
         &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT];
     TCP_LOST_NOW = "conntrack.tcp.lost", Histogram(SEGMENTS), "{segment}",
-        "Segments under way on open connections that the kernel takes for lost at that time; by samples alone, likewise.",
+        "Segments under way on open connections that the kernel takes for lost; of each once per `tcp_sample_interval`, not at its close; TCP on Linux.",
         &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT];
     TCP_SENT_AGAIN = "conntrack.tcp.retransmits", Counter, "{segment}",
         "Segments that were sent again; of each open connection as of its last sample, of each closed one all; TCP on Linux.",

@@ -3,7 +3,7 @@
 //! Each connection is asked once per interval, at a time that has nothing to do with when it was
 //! opened: the record keeps a name's connections in 32 parts, by id, and each tick asks those of one
 //! part. Connections that were opened at once are so spread over the interval. A tick asks 2 048 at
-//! most, some milliseconds; of more than 65 536 connections each is asked less often.
+//! most, about 8 ms; of more than 65 536 connections each is asked less often.
 //!
 //! One thread does it for all, and for nothing else. Without a meter nobody is asked.
 
