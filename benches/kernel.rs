@@ -1,4 +1,5 @@
-//! What it costs to ask the kernel: one look at a connection, the last look at a close, an audit.
+//! What it costs to ask the kernel: one look at a connection, a sample of it with what is recorded, the
+//! last look at a close, an audit.
 //!
 //! ```text
 //! cargo bench --bench kernel                # 4 000 connections, both ends ours
@@ -6,23 +7,43 @@
 //! ```
 //!
 //! A close is measured with somebody who sees it (a history of one) and with nobody, in pairs whose
-//! order alternates, in one process. The difference is the last look, and what it has to keep.
+//! order alternates, in one process. The difference is the last look, and what it has to keep. With a
+//! meter it is measured in instructions, by callgrind if `valgrind` is there: the same program is run with
+//! N and with 2 N connections, opened and closed. A sample is measured by the time that the thread of
+//! the samples had a processor.
 
 use std::hint::black_box;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use opentelemetry_sdk::metrics::{InMemoryMetricExporter, PeriodicReader, SdkMeterProvider};
 use otel_conntrack::{Conntrack, TrackedIo};
 use tokio::net::TcpStream;
 
 mod support;
 
-use support::{median, processor};
+use support::{instructions, median, processor};
 
 type Stream = TrackedIo<TcpStream>;
 
 fn conntrack(history: usize) -> Conntrack {
     let builder = Conntrack::builder().history(history);
     builder.build().expect("nothing is wrong with it")
+}
+
+/// One reader, which nobody collects from.
+fn meters() -> SdkMeterProvider {
+    let reader = PeriodicReader::builder(InMemoryMetricExporter::default())
+        .with_interval(Duration::from_secs(86_400));
+    SdkMeterProvider::builder()
+        .with_reader(reader.build())
+        .build()
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime")
 }
 
 /// So many connections, dialled and accepted.
@@ -46,13 +67,68 @@ fn each(count: usize, what: impl FnOnce()) -> f64 {
     begin.elapsed().as_secs_f64() * 1e6 / count as f64
 }
 
+/// Runs under callgrind: so many connections, opened and closed one after the other, with a meter.
+fn closes(count: usize) {
+    let builder = Conntrack::builder().meter_provider(meters());
+    let builder = builder.tcp_sample_interval(None);
+    let conntrack = builder.build().expect("nothing is wrong with it");
+    runtime().block_on(async {
+        let listener = conntrack.listener("in").bind("127.0.0.1:0").await;
+        let mut listener = listener.expect("an address is free");
+        let address = listener.local_addr().expect("it is bound");
+        let dialer = conntrack.dialer("out").build().expect("it is fine");
+        for _ in 0..count {
+            let (client, (server, _)) = tokio::join!(dialer.connect(address), listener.accept());
+            drop((client.expect("it listens"), server));
+        }
+    });
+}
+
+/// Microseconds that the thread of the samples had a processor so far.
+fn sampler() -> f64 {
+    let tasks = std::fs::read_dir("/proc/self/task").expect("this is Linux");
+    let of = |path: std::path::PathBuf| {
+        let name = std::fs::read_to_string(path.join("comm")).ok()?;
+        let times = std::fs::read_to_string(path.join("schedstat")).ok()?;
+        let nanos = times.split_whitespace().next()?.parse::<f64>().ok()?;
+        (name.trim_end() == "conntrack-tcp").then_some(nanos / 1e3)
+    };
+    tasks.filter_map(|task| of(task.ok()?.path())).sum()
+}
+
+/// What one sample costs, while all of so many connections are sampled as often as can be.
+fn samples(connections: usize, rounds: u32) {
+    const INTERVAL: Duration = Duration::from_millis(100);
+    let builder = Conntrack::builder().meter_provider(meters());
+    let builder = builder.tcp_sample_interval(INTERVAL);
+    let conntrack = builder.build().expect("nothing is wrong with it");
+    let _streams = runtime().block_on(open(&conntrack, connections));
+    let per_round = 2 * connections as u32;
+    let before = sampler();
+    let begin = Instant::now();
+    std::thread::sleep(INTERVAL * rounds);
+    let busy = sampler() - before;
+    // Pauses are counted from the end of a tick, so a round takes longer than the interval.
+    let took = begin.elapsed().as_secs_f64() * 1e6;
+    let ticks = (took - busy) / (INTERVAL.as_secs_f64() * 1e6 / 32.0);
+    let sampled = ticks / 32.0 * f64::from(per_round);
+    println!(
+        "a sample, recorded                  {:>8.2} µs of a processor, about {sampled:.0} of them",
+        busy / sampled
+    );
+}
+
 fn main() {
+    let arguments: Vec<_> = std::env::args().collect();
+    if let [_, mode, count] = &arguments[..]
+        && mode == "--closes"
+    {
+        closes(count.parse().expect("a number"));
+        return;
+    }
     let quick = std::env::args().any(|argument| argument == "--quick");
     let (connections, rounds) = if quick { (500, 3) } else { (4_000, 15) };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime");
+    let runtime = runtime();
 
     let tracked = conntrack(0);
     let streams = runtime.block_on(open(&tracked, connections));
@@ -110,4 +186,14 @@ fn main() {
     println!("a close that nobody sees            {unseen:>8.2} µs");
     println!("a close with the last look          {seen:>8.2} µs");
     println!("  the last look                     {more:>8.2} µs  [{low:.2}, {high:.2}]");
+    samples(connections, if quick { 5 } else { 30 });
+    let count = if quick { 100_u32 } else { 1_000 };
+    let run = |count: u32| instructions(&["--closes", &count.to_string()]);
+    match run(count).zip(run(2 * count)) {
+        Some((once, twice)) => println!(
+            "a connection, opened and closed     {:>8.0} instructions, both ends, with a meter",
+            (twice - once) as f64 / f64::from(count)
+        ),
+        None => println!("instructions: valgrind gave no figure"),
+    }
 }

@@ -80,8 +80,9 @@ reasons! {
     /// Whose an untracked connection is most likely.
     LikelyOwner {
         /// Telemetry's own, which is never tracked: it was accepted by the Prometheus endpoint of
-        /// [`Builder::init`](crate::Builder::init) or by the live page, or goes to the port of the OTLP
-        /// endpoint.
+        /// [`Builder::init`](crate::Builder::init) or by the live page, or goes to an address of the OTLP
+        /// endpoint, as its name is resolved now. It is not known behind a proxy, nor once the name has
+        /// other addresses.
         Exporter => "exporter",
         /// An attempt's that is under way to that port or address: its record has no ends yet.
         Attempt => "attempt",
@@ -171,10 +172,15 @@ impl Conntrack {
     ///
     /// A tool for tests and for a look at a service that behaves oddly; not for a request's path. It
     /// blocks its thread: it reads the table of the host's connections, of whatever process, and makes one
-    /// system call for each descriptor of this one. With ten thousand connections that takes some tens of
-    /// milliseconds. Where something is doubtful it waits 100 ms and looks once more, so that what was opened or closed in the meantime is
-    /// no finding; a stock client's close may be known that late. In async code call it by
+    /// system call for each descriptor of this one. With ten thousand connections that takes a tenth of a
+    /// second, with fifty thousand half of one; no lock of the record is held over it. Where something is
+    /// doubtful it waits 100 ms and looks once more, so that what was opened or closed in the meantime is
+    /// no finding; a stock client's close may be known that late. Where something is untracked, the host of
+    /// the OTLP endpoint is resolved, which may wait for a name server. In async code call it by
     /// `tokio::task::spawn_blocking`.
+    ///
+    /// A connection is open as long as any descriptor holds it: a duplicate that outlives its connection's
+    /// record is untracked, one in a child process is the child's.
     ///
     /// It needs no privileges, touches no connection, and sees the network namespace of its thread. To see
     /// that the table shows this process at all, it listens on a loopback port of its own meanwhile.

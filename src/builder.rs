@@ -9,13 +9,15 @@ use std::sync::Arc;
 #[cfg(feature = "otel")]
 use std::time::Duration;
 
+#[cfg(feature = "otel")]
+use crate::clock::Clock;
 use crate::config::ConfigError;
 use crate::conntrack::Conntrack;
 use crate::observer::{Composed, Observer};
 use crate::record::Recorder;
 use crate::record::stats::Drops;
 #[cfg(feature = "otel")]
-use crate::telemetry::{clock::Clock, spans::SpanWriter};
+use crate::telemetry::spans::SpanWriter;
 
 /// How many closed connections are remembered by default.
 const HISTORY: usize = 256;
@@ -169,18 +171,24 @@ impl Builder {
     /// It makes open connections visible in a trace store, which shows a span only when it has
     /// ended. **Warning**: with N connections open for long, a short interval costs N spans each
     /// time it passes.
+    ///
+    /// They are written on a thread of their own. A span processor that blocks in one delays the others,
+    /// and nothing else.
     #[cfg(feature = "otel")]
     pub fn checkpoint_interval(mut self, interval: impl Into<Option<Duration>>) -> Self {
         self.telemetry.checkpoint = interval.into();
         self
     }
 
-    /// Asks the kernel this often about each open connection, for the metrics `conntrack.tcp.rtt` and
-    /// `conntrack.tcp.retransmits`. Default 60 s; none for never: then both are of closes alone.
-    /// At least 100 ms. TCP on Linux, and only with a meter provider.
+    /// Asks the kernel this often about each open connection, for the metrics `conntrack.tcp.*`. Default
+    /// 60 s, at least 100 ms. TCP on Linux, and only with a meter provider.
+    ///
+    /// None for never: then `conntrack.tcp.rtt`, `retransmits` and `bytes_acked` are of closes alone, and
+    /// there are no `rtt_variance`, `congestion_window`, `delivery_rate`, `not_sent` and `lost`, which say
+    /// how it goes on what is open and are not recorded at closes.
     ///
     /// Connections are asked at times of their own, spread at random over the interval, by one thread for
-    /// all. Each costs one system call, about a microsecond. Of more than 65 536 connections each is asked
+    /// all. Each costs one system call and some points in histograms, about 4 µs. Of more than 65 536 connections each is asked
     /// less often. What an idle connection says is as old as its last exchange.
     ///
     /// ```
@@ -203,8 +211,9 @@ impl Builder {
         self
     }
 
-    /// Library mode: nothing global is touched, nothing is started but one thread: for checkpoints, with a
-    /// tracer, and for samples of the kernel's view of connections, with a meter (Linux).
+    /// Library mode: nothing global is touched, nothing is started but two threads, which sleep most of
+    /// the time: one for checkpoints, with a tracer, and one for samples of the kernel's view of
+    /// connections, with a meter (Linux).
     ///
     /// ```
     /// # #[cfg(feature = "otlp")] {
@@ -269,7 +278,7 @@ impl Builder {
             Ok(Built {
                 conntrack: Conntrack {
                     recorder,
-                    _keep: Arc::new(attached.clock),
+                    _keep: Arc::new(attached.clocks),
                     #[cfg(feature = "stock")]
                     stock,
                     #[cfg(feature = "inspect")]
@@ -298,7 +307,7 @@ impl Builder {
 /// What hangs on the record, and has an end.
 #[cfg(feature = "otel")]
 struct Attached {
-    clock: Option<Clock>,
+    clocks: Vec<Clock>,
     #[cfg(feature = "otlp")]
     spans: Option<Arc<SpanWriter>>,
 }
@@ -339,14 +348,13 @@ impl Telemetry {
             .map(|tracer| Arc::new(SpanWriter::new(tracer(scope))));
 
         let mut sinks: Vec<Arc<dyn Sink>> = Vec::new();
+        // Each with the setting that it is for, if its thread can't be started.
         let mut jobs = Vec::new();
-        // What the thread is for, if it can't be started.
-        let mut needs = None;
         if let Some(spans) = &spans {
             sinks.push(spans.clone());
             if let Some(interval) = self.checkpoint {
-                jobs.push(checkpoint::job(recorder.clone(), spans.clone(), interval));
-                needs = Some(("checkpoint_interval", interval));
+                let job = checkpoint::job(recorder.clone(), spans.clone(), interval);
+                jobs.push(("conntrack-spans", job, "checkpoint_interval", interval));
             }
         }
         if !meters.is_empty() {
@@ -354,24 +362,25 @@ impl Telemetry {
             sinks.push(histograms.clone());
             observe(&meters, recorder);
             if let Some(interval) = self.tcp_samples.filter(|_| CAN_ASK) {
-                jobs.push(tcp_samples::job(recorder.clone(), histograms, interval));
-                needs.get_or_insert(("tcp_sample_interval", interval));
+                let job = tcp_samples::job(recorder.clone(), histograms, interval);
+                jobs.push(("conntrack-tcp", job, "tcp_sample_interval", interval));
             }
         }
         recorder.set_sinks(sinks);
 
-        let clock = Clock::start(jobs).map_err(|error| {
-            let (setting, interval) = needs.unwrap_or_default();
-            ConfigError::new(
-                setting,
-                &format!("{interval:?}"),
-                "its thread could not be started; give `None` for no checkpoints (`checkpoint_interval`) \
-                 and no samples (`tcp_sample_interval`)",
-            )
-            .with_source(error)
-        })?;
+        let start = |(name, job, setting, interval): (&str, _, &str, Duration)| {
+            Clock::start(name, job).map_err(|error| {
+                ConfigError::new(
+                    setting,
+                    &format!("{interval:?}"),
+                    "its thread could not be started; give `None` to go without",
+                )
+                .with_source(error)
+            })
+        };
+        let clocks = jobs.into_iter().map(start).collect::<Result<_, _>>()?;
         Ok(Attached {
-            clock,
+            clocks,
             #[cfg(feature = "otlp")]
             spans,
         })

@@ -24,7 +24,7 @@ use crate::record::stats::{ConnectionSnapshot, Stats};
 #[derive(Clone)]
 pub struct Conntrack {
     pub(crate) recorder: Recorder,
-    /// What the telemetry needs alive: the clock. Its drop stops it.
+    /// What the telemetry needs alive: its clocks. Their drop stops them.
     pub(crate) _keep: Arc<dyn std::any::Any + Send + Sync>,
     #[cfg(feature = "stock")]
     pub(crate) stock: Arc<crate::stock::pool::Slot>,

@@ -116,6 +116,8 @@
 #[cfg(feature = "audit")]
 mod audit;
 mod builder;
+#[cfg(any(feature = "otel", feature = "inspect"))]
+mod clock;
 mod config;
 mod conntrack;
 pub mod event;

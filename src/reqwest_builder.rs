@@ -29,7 +29,8 @@ use crate::conntrack::Conntrack;
 /// | which connection served a request, active and idle | [`Conntrack::reqwest_requests`] |
 /// | the pool: idle in and out, waits, limits | [`Conntrack::stock_layer`] |
 ///
-/// What can't be seen: why a connection was closed and by whom (`unknown`); the bytes above TLS;
+/// What can't be seen: why a connection was closed and by whom (`unknown`); the bytes above TLS (of
+/// those that were read one may be the peer's end, which the kernel counts as a byte);
 /// anything of HTTP/3, which has neither connector nor pool in common with the rest; the end of a
 /// connection over a Unix socket (it counts as `untracked` at once). Through a proxy the peer's
 /// address is the proxy's. A connect that reqwest's own `connect_timeout` gives up looks like a

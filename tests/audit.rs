@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use otel_conntrack::{
     Audit, AuditSource, Conntrack, Endpoint, Endpoints, LikelyOwner, MissingConnection,
-    ReqwestBuilderExt, TcpState, TrackedIo, UntrackedSocket,
+    ReqwestBuilderExt, TcpState, TrackedIo, UntrackedSocket, channel,
 };
 use socket2::SockRef;
 use support::audit::{at_or_to, comes_clean, findings};
@@ -144,6 +144,72 @@ async fn with_ipv6_too() {
     // Nobody has accepted the other side, so it is nobody's.
     assert_eq!(untracked(&audit, address), []);
     drop(client);
+}
+
+#[tokio::test]
+async fn over_ipv4_at_a_listener_for_both_families_too() {
+    let conntrack = conntrack();
+    let listener = conntrack.listener("dual").bind("[::]:0").await;
+    let Ok(mut listener) = listener else {
+        println!("skipped: this host has no IPv6");
+        return;
+    };
+    let address = SocketAddr::from(([127, 0, 0, 1], listener.local_addr().unwrap().port()));
+    let dialer = conntrack.dialer("backend").build().unwrap();
+    let (client, (server, _)) = tokio::join!(dialer.connect(address), listener.accept());
+    // The kernel says `::ffff:127.0.0.1` on that side; and one more, to the address written so.
+    let mapped = SocketAddr::from((
+        std::net::Ipv4Addr::LOCALHOST.to_ipv6_mapped(),
+        address.port(),
+    ));
+    let (other, (second, _)) = tokio::join!(dialer.connect(mapped), listener.accept());
+    let audit = audit(&conntrack).await;
+    assert_eq!((audit.checked, audit.missing_in_kernel.len()), (4, 0));
+    assert_eq!(untracked(&audit, address), [], "{audit}");
+    drop((client, server, other, second));
+}
+
+/// A connection is open for as long as any descriptor holds it.
+#[tokio::test]
+async fn a_duplicate_is_the_connection_until_it_outlives_the_record() {
+    let conntrack = conntrack();
+    let (client, server, address) = pair(&conntrack).await;
+    let duplicate = SockRef::from(client.get_ref()).try_clone().unwrap();
+    let both = audit(&conntrack).await;
+    assert_eq!((both.checked, both.missing_in_kernel.len()), (2, 0));
+    assert_eq!(untracked(&both, address), [], "{both}");
+    drop(client);
+    let left = audit(&conntrack).await;
+    let [found] = &untracked(&left, address)[..] else {
+        panic!("{left}")
+    };
+    assert_eq!((found.fd, found.peer), (duplicate.as_raw_fd(), address));
+    assert_eq!((found.state, found.likely), (TcpState::Established, None));
+    drop((duplicate, server));
+}
+
+#[tokio::test]
+async fn what_a_child_process_holds_is_the_childs() {
+    let conntrack = conntrack();
+    let (client, server, address) = pair(&conntrack).await;
+    let given = SockRef::from(client.get_ref()).try_clone().unwrap();
+    let child = std::process::Command::new("sleep")
+        .arg("60")
+        .stdin(std::os::fd::OwnedFd::from(given))
+        .stdout(std::process::Stdio::null())
+        .spawn();
+    let mut child = child.unwrap();
+    let both = audit(&conntrack).await;
+    assert_eq!((both.checked, both.missing_in_kernel.len()), (2, 0));
+    assert_eq!(untracked(&both, address), [], "{both}");
+    drop(client);
+    let theirs = audit(&conntrack).await;
+    assert_eq!((theirs.checked, theirs.missing_in_kernel.len()), (1, 0));
+    assert_eq!(untracked(&theirs, address), [], "{theirs}");
+    assert!(child.try_wait().unwrap().is_none(), "it holds it still");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    drop(server);
 }
 
 // === what we believe open and the kernel does not have ===
@@ -288,14 +354,27 @@ async fn what_is_no_connection_of_ours_is_not_told() {
 
 #[tokio::test]
 async fn a_socket_of_an_attempt_under_way_is_marked() {
-    let conntrack = conntrack();
+    attempt_is_marked(&conntrack(), "127.0.0.1").await;
+}
+
+#[tokio::test]
+async fn an_attempts_address_may_be_written_as_an_ipv6_one() {
+    if TcpListener::bind("[::1]:0").await.is_ok() {
+        // Only for somebody who is told are the addresses kept that are tried; else the port is known.
+        let (observer, _told) = channel(64);
+        let observed = Conntrack::builder().observer(observer).build().unwrap();
+        attempt_is_marked(&observed, "::ffff:127.0.0.1").await;
+    }
+}
+
+async fn attempt_is_marked(conntrack: &Conntrack, resolved: &str) {
     let (_, trust) = support::tls::pair("db.test");
     // It accepts and says nothing, so the handshake goes on.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let dialer = conntrack
         .dialer("db")
-        .resolver(support::peers::Answers::new(&["127.0.0.1"]))
+        .resolver(support::peers::Answers::new(&[resolved]))
         .tls(trust)
         .build()
         .unwrap();
@@ -303,7 +382,7 @@ async fn a_socket_of_an_attempt_under_way_is_marked() {
     let (server, _) = listener.accept().await.unwrap();
     // Its first message: from here on it waits.
     server.readable().await.unwrap();
-    let found = audit(&conntrack).await;
+    let found = audit(conntrack).await;
     let [ours, theirs] = &untracked(&found, address)[..] else {
         panic!("{found}")
     };
@@ -315,7 +394,7 @@ async fn a_socket_of_an_attempt_under_way_is_marked() {
     );
     dial.abort();
     assert!(dial.await.unwrap_err().is_cancelled());
-    let found = audit(&conntrack).await;
+    let found = audit(conntrack).await;
     let left: Vec<_> = untracked(&found, address)
         .iter()
         .map(|it| it.local)

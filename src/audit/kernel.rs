@@ -65,10 +65,15 @@ impl Table {
         self.open.contains(&self.known(key))
     }
 
-    /// Asks for one that was not there: a table that changes while it is read may leave one out.
+    /// Asks for one that was not there: a table that changes while it is read may leave one out. Where
+    /// the kernel has no answer, it may be there.
     pub(super) fn asked_again(&mut self, key: &Key) -> bool {
         let answer = self.query.as_mut().map(|query| query.get(key, false));
-        matches!(answer, Some(Ok(Some(seen))) if !seen.is_closed())
+        match answer {
+            Some(Ok(seen)) => seen.is_some_and(|seen| !seen.is_closed()),
+            Some(Err(_)) => true,
+            None => false,
+        }
     }
 }
 

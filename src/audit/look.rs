@@ -26,7 +26,8 @@ struct Look {
     checked: usize,
     unchecked: usize,
     missing: Vec<Arc<Connection>>,
-    untracked: Vec<(Ours, Option<LikelyOwner>)>,
+    /// With whether an attempt goes there.
+    untracked: Vec<(Ours, bool)>,
 }
 
 pub(super) fn audit(recorder: &Recorder) -> Result<Audit, AuditError> {
@@ -43,15 +44,27 @@ pub(super) fn audit(recorder: &Recorder) -> Result<Audit, AuditError> {
     let missing = missing
         .filter(|missing| missing.connection.is_there())
         .collect();
-    let untracked = look.untracked.iter().map(|(ours, likely)| {
+    // Only for what is to be told: a name may have to be looked up.
+    let exporters = if look.untracked.is_empty() {
+        Vec::new()
+    } else {
+        exporters()
+    };
+    let untracked = look.untracked.iter().map(|(ours, attempted)| {
         let Tuple { local, peer } = ours.key.ends();
+        let mut exporters = exporters.iter();
+        let likely = if exporters.any(|(it, addresses)| it.has(addresses, local, peer)) {
+            Some(LikelyOwner::Exporter)
+        } else {
+            attempted.then_some(LikelyOwner::Attempt)
+        };
         UntrackedSocket {
             local,
             peer,
             state: ours.state,
             fd: ours.fd,
             inode: ours.inode,
-            likely: *likely,
+            likely,
         }
     });
     Ok(Audit {
@@ -112,7 +125,7 @@ impl Look {
     fn confirmed_by(self, mut again: Self) -> Self {
         let missing: HashSet<_> = self.missing.iter().map(|it| it.id).collect();
         again.missing.retain(|it| missing.contains(&it.id));
-        let socket = |(ours, _): &(Ours, _)| (ours.inode, ours.key);
+        let socket = |(ours, _): &(Ours, bool)| (ours.inode, ours.key);
         let untracked: HashSet<_> = self.untracked.iter().map(socket).collect();
         again
             .untracked
@@ -121,12 +134,12 @@ impl Look {
     }
 }
 
-/// The connections of this process that no record has, and whose they are most likely.
-fn untracked(table: &Table) -> Vec<(Ours, Option<LikelyOwner>)> {
+/// The connections of this process that no record has, and whether an attempt goes there.
+fn untracked(table: &Table) -> Vec<(Ours, bool)> {
     let recorders = Recorder::all();
     let tracked: Vec<_> = recorders.iter().flat_map(Recorder::live).collect();
     // Before the keys: who has no ends yet is an attempt, and who has them by then is tracked.
-    let owners = Owners::of(&recorders, &tracked);
+    let attempts = Attempts::of(&tracked);
     let keys = tracked.iter().filter_map(|it| key_of(it));
     let keys: HashSet<_> = keys.map(|key| table.known(key)).collect();
     let mut left = table.ours.clone();
@@ -137,7 +150,7 @@ fn untracked(table: &Table) -> Vec<(Ours, Option<LikelyOwner>)> {
         left.retain(|ours| ours.cookie.is_none_or(|cookie| !cookies.contains(&cookie)));
     }
     left.into_iter()
-        .map(|ours| (ours, owners.likely(&ours.key.ends())))
+        .map(|ours| (ours, attempts.go_to(ours.key.ends().peer)))
         .collect()
 }
 
@@ -160,55 +173,48 @@ fn key_of(connection: &Connection) -> Option<Key> {
     }
 }
 
-/// Those who have connections that no record has.
-struct Owners {
-    /// With their addresses.
-    exporters: Vec<(Exporter, Vec<SocketAddr>)>,
-    /// Where attempts go that are under way: exactly this address, or where none is known this port.
+/// As [`Key::ends`] has it: a mapped address as the IPv4 one that it is, and without a scope.
+fn plain(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// Telemetry's own, of every `Conntrack` of this process, with their addresses.
+fn exporters() -> Vec<(Exporter, Vec<SocketAddr>)> {
+    let all = Recorder::all();
+    let exporters = all.iter().flat_map(Recorder::exporters);
+    exporters
+        .map(|exporter| {
+            let addresses = exporter.addresses().into_iter().map(plain).collect();
+            (exporter, addresses)
+        })
+        .collect()
+}
+
+/// Where attempts go that are under way: exactly this address, or where none is known this port.
+#[derive(Default)]
+struct Attempts {
     ports: HashSet<u16>,
     addresses: HashSet<SocketAddr>,
 }
 
-impl Owners {
-    fn of(recorders: &[Recorder], connections: &[Arc<Connection>]) -> Self {
-        let mut owners = Self {
-            exporters: recorders
-                .iter()
-                .flat_map(Recorder::exporters)
-                .map(|exporter| {
-                    let addresses = exporter.addresses();
-                    (exporter, addresses)
-                })
-                .collect(),
-            ports: HashSet::new(),
-            addresses: HashSet::new(),
-        };
+impl Attempts {
+    fn of(connections: &[Arc<Connection>]) -> Self {
+        let mut attempts = Self::default();
         for connection in connections {
             if connection.state() == ConnectionState::Connecting {
                 let tried = connection.addresses_tried();
                 if tried.is_empty() {
                     // A foreign connector does not say.
                     let target = connection.target.as_deref();
-                    owners.ports.extend(target.and_then(|target| target.port));
+                    attempts.ports.extend(target.and_then(|target| target.port));
                 }
-                owners.addresses.extend(tried);
+                attempts.addresses.extend(tried.into_iter().map(plain));
             }
         }
-        owners
+        attempts
     }
 
-    fn likely(&self, ends: &Tuple) -> Option<LikelyOwner> {
-        let Tuple { local, peer } = *ends;
-        if self
-            .exporters
-            .iter()
-            .any(|(it, addresses)| it.has(addresses, local, peer))
-        {
-            Some(LikelyOwner::Exporter)
-        } else if self.ports.contains(&peer.port()) || self.addresses.contains(&peer) {
-            Some(LikelyOwner::Attempt)
-        } else {
-            None
-        }
+    fn go_to(&self, peer: SocketAddr) -> bool {
+        self.ports.contains(&peer.port()) || self.addresses.contains(&peer)
     }
 }

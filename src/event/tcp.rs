@@ -28,11 +28,22 @@ pub struct TcpInfo {
     /// The newest measure of how fast data reaches the peer, bytes per second. None while nothing
     /// was measured, and before Linux 4.9.
     pub delivery_rate: Option<u64>,
-    /// Bytes sent that the peer has acknowledged, so far. The opening and the closing segment may
-    /// count as one byte each (RFC 4898, `tcpEStatsAppHCThruOctetsAcked`). None before Linux 4.1.
+    /// That measure is of a time when there was too little to send: it says how much was asked of the
+    /// way to the peer, which may be faster. False where nothing was measured.
+    pub app_limited: bool,
+    /// Bytes sent that the peer has acknowledged, so far. None before Linux 4.1.
+    ///
+    /// The kernel counts the opening segment of who dialled, and the closing one, as a byte each (RFC
+    /// 4898, `tcpEStatsAppHCThruOctetsAcked`); they are taken off here. Two cases are not told apart: a
+    /// connection counts as dialled if it is tracked as outbound, and before Linux 4.19 a connection
+    /// whose state is [`Closed`](TcpState::Closed) may have the byte of its closing segment still.
     pub bytes_acked: Option<u64>,
-    /// Bytes received in order, so far, read or not; the closing segment counts as one (RFC 4898,
-    /// `tcpEStatsAppHCThruOctetsReceived`). None before Linux 4.1.
+    /// Bytes received in order, so far, read or not. None before Linux 4.1.
+    ///
+    /// The kernel counts the peer's closing segment as a byte (RFC 4898,
+    /// `tcpEStatsAppHCThruOctetsReceived`); it is taken off here where the state tells that it came.
+    /// [`Closed`](TcpState::Closed) does not: there it may be one byte more, if the peer closed its side
+    /// before the end.
     pub bytes_received: Option<u64>,
     /// Bytes that were written and not sent yet, now: they wait for a window. None before Linux 4.6.
     pub not_sent: Option<u32>,

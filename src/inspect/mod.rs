@@ -29,7 +29,7 @@ mod text;
 mod trend;
 mod view;
 
-use std::sync::{Arc, Mutex, Weak, mpsc};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use http::StatusCode;
@@ -42,6 +42,7 @@ use self::query::{Filter, Format};
 use self::table::Table;
 use self::trend::Trend;
 use self::view::{Closed, Connections, Link, One, Overview, Page, Pools, View};
+use crate::clock::{Clock, Job};
 use crate::config::ConfigError;
 use crate::conntrack::Conntrack;
 use crate::event::ConnectionId;
@@ -73,8 +74,8 @@ pub(crate) struct Inspector {
     table: Mutex<Option<Arc<Table>>>,
     trend: Trend,
     born: Instant,
-    /// Its drop ends the thread that follows the trend.
-    _stop: mpsc::Sender<()>,
+    /// What follows the trend; it holds the page weakly.
+    clock: OnceLock<Clock>,
     _watch: Watch,
 }
 
@@ -98,7 +99,6 @@ impl Inspector {
         let token = Token::new().map_err(|error| {
             bad("the system gave no random numbers for the page's token").with_source(error)
         })?;
-        let (stop, stopped) = mpsc::channel();
         let inspector = Arc::new(Self {
             recorder: recorder.clone(),
             settings,
@@ -110,15 +110,19 @@ impl Inspector {
             table: Mutex::default(),
             trend: Trend::default(),
             born: Instant::now(),
-            _stop: stop,
+            clock: OnceLock::new(),
             _watch: recorder.watch(inspect.timelines),
         });
         inspector.step();
         let weak = Arc::downgrade(&inspector);
-        std::thread::Builder::new()
-            .name("conntrack-trend".into())
-            .spawn(move || follow(&weak, &stopped))
+        let follow = Job::new(trend::EVERY, move || {
+            if let Some(inspector) = weak.upgrade() {
+                inspector.step();
+            }
+        });
+        let clock = Clock::start("conntrack-trend", follow)
             .map_err(|error| bad("its thread could not be started").with_source(error))?;
+        let _ = inspector.clock.set(clock);
         Ok(inspector)
     }
 
@@ -213,15 +217,6 @@ struct How {
     content_only: bool,
     base: String,
     nonce: String,
-}
-
-fn follow(inspector: &Weak<Inspector>, stopped: &mpsc::Receiver<()>) {
-    while stopped.recv_timeout(trend::EVERY) == Err(mpsc::RecvTimeoutError::Timeout) {
-        let Some(inspector) = inspector.upgrade() else {
-            return;
-        };
-        inspector.step();
-    }
 }
 
 impl Conntrack {

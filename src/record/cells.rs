@@ -33,10 +33,10 @@ pub(crate) struct Cell {
     /// Since when it is idle, or active where somebody wants to know: nanoseconds after the connection's
     /// `started` plus one; zero for neither.
     pub(crate) since: AtomicU64,
-    /// Nanoseconds after `started` plus one of an end that is told later; zero for none.
-    pub(crate) gone: AtomicU64,
     /// Nanoseconds after `started` of the last checkpoint.
     pub(crate) checkpoint: AtomicU64,
+    /// Bytes that the peer had acknowledged, when the kernel was asked last.
+    pub(crate) acked: AtomicU64,
     pub(crate) in_flight: AtomicU32,
     /// Segments sent again, when the kernel was asked last.
     pub(crate) retransmits: AtomicU32,
@@ -51,6 +51,8 @@ pub(crate) struct Moved {
     pub(crate) read: u64,
     /// Bytes.
     pub(crate) written: u64,
+    /// Bytes that peers acknowledged, as far as the kernel was asked.
+    pub(crate) acked: u64,
     /// Segments sent again, as far as the kernel was asked.
     pub(crate) retransmits: u64,
 }
@@ -59,6 +61,7 @@ impl std::ops::AddAssign for Moved {
     fn add_assign(&mut self, more: Self) {
         self.read += more.read;
         self.written += more.written;
+        self.acked += more.acked;
         self.retransmits += more.retransmits;
     }
 }
@@ -124,8 +127,8 @@ impl Cells {
         cell.bytes_written.store(0, Ordering::Relaxed);
         cell.requests.store(0, Ordering::Relaxed);
         cell.since.store(0, Ordering::Relaxed);
-        cell.gone.store(0, Ordering::Relaxed);
         cell.checkpoint.store(0, Ordering::Relaxed);
+        cell.acked.store(0, Ordering::Relaxed);
         cell.in_flight.store(0, Ordering::Relaxed);
         cell.retransmits.store(0, Ordering::Relaxed);
         cell.host_slot.store(host_slot, Ordering::Relaxed);
@@ -161,6 +164,7 @@ impl Cell {
         Moved {
             read,
             written,
+            acked: self.acked.load(Ordering::Relaxed),
             retransmits: self.retransmits.load(Ordering::Relaxed).into(),
         }
     }
@@ -235,9 +239,9 @@ mod tests {
             old.bytes_read.store(5, Ordering::Relaxed);
             old.requests.store(5, Ordering::Relaxed);
             old.since.store(5, Ordering::Relaxed);
-            old.gone.store(5, Ordering::Relaxed);
             old.checkpoint.store(5, Ordering::Relaxed);
             old.in_flight.store(5, Ordering::Relaxed);
+            old.acked.store(5, Ordering::Relaxed);
             old.retransmits.store(5, Ordering::Relaxed);
             old.stop_counting();
             drop(old);
@@ -245,10 +249,9 @@ mod tests {
             assert_eq!(new.bytes(), (0, 0));
             assert_eq!(new.requests.load(Ordering::Relaxed), 0);
             assert_eq!(new.since.load(Ordering::Relaxed), 0);
-            assert_eq!(new.gone.load(Ordering::Relaxed), 0);
             assert_eq!(new.checkpoint.load(Ordering::Relaxed), 0);
             assert_eq!(new.in_flight.load(Ordering::Relaxed), 0);
-            assert_eq!(new.moved().retransmits, 0);
+            assert_eq!(new.moved(), Moved::default());
             taken.push(new);
         }
         assert_eq!(cells.chunks.len(), chunks);
@@ -303,7 +306,7 @@ mod tests {
 
     /// Whoever asks, in whatever order the answers are told, and however the connection ends.
     #[test]
-    fn segments_sent_again_are_counted_once_while_connections_are_asked_and_go() {
+    fn what_the_kernel_counts_is_counted_once_while_connections_are_asked_and_go() {
         use std::sync::atomic::Ordering::Relaxed;
 
         use crate::event::{Direction, TcpInfo};
@@ -312,11 +315,15 @@ mod tests {
 
         const EACH: u64 = 3_000;
         const OPEN: usize = 64;
+        /// More than 32 bits hold.
+        const ACKED: u64 = 1 << 40;
         fn answer(retransmits: u32) -> TcpInfo {
             let mut bytes = [0; 168];
             bytes[0] = 1;
             bytes[100..104].copy_from_slice(&retransmits.to_ne_bytes());
-            TcpInfo::parse(&bytes).unwrap()
+            let mut tcp = TcpInfo::parse(&bytes).unwrap();
+            tcp.bytes_acked = Some(ACKED * u64::from(retransmits));
+            tcp
         }
         let recorder = Recorder::new(Composed::default(), 0, Arc::default());
         let scope = recorder.declared(Direction::Inbound, "http");
@@ -356,14 +363,22 @@ mod tests {
                     }
                 }
             });
-            let mut before = 0;
+            let mut before = (0, 0);
             while left.load(Relaxed) > 0 {
-                let now = scope.stats().retransmits;
-                assert!(now >= before, "{before}, then {now}");
+                let stats = scope.stats();
+                let now = (stats.retransmits, stats.bytes_acked);
+                assert!(
+                    now.0 >= before.0 && now.1 >= before.1,
+                    "{before:?}, then {now:?}"
+                );
                 before = now;
             }
         });
-        assert_eq!(scope.stats().retransmits, expected.load(Relaxed));
+        let (stats, expected) = (scope.stats(), expected.load(Relaxed));
+        assert_eq!(
+            (stats.retransmits, stats.bytes_acked),
+            (expected, ACKED * expected)
+        );
     }
 
     #[test]

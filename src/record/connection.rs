@@ -78,6 +78,8 @@ struct Aside {
     /// Requests that are served and have a trace, the latest at the end.
     serving: Mutex<Vec<Serving>>,
     failed: OnceLock<(FailureReason, Duration)>,
+    /// When it ended, where that is told later.
+    gone: OnceLock<Duration>,
     /// Its addresses as hyper-util says them, which reqwest's responses look for.
     #[cfg(feature = "reqwest-transport")]
     http_info: OnceLock<hyper_util::client::legacy::connect::HttpInfo>,
@@ -274,7 +276,7 @@ impl Connection {
     }
 
     /// The kernel's last word on a connection whose bytes nobody of us could count: what it counted
-    /// stands for them.
+    /// stands for them. What was read may be one more than the data: see [`TcpInfo::bytes_received`].
     #[cfg_attr(not(feature = "reqwest"), allow(dead_code))]
     pub(crate) fn set_last_tcp_and_bytes(&self, tcp: TcpInfo) {
         self.cell
@@ -296,12 +298,15 @@ impl Connection {
     /// Counts what the kernel counted. Two may ask at once, and the later answer may be told first.
     pub(crate) fn note_tcp(&self, tcp: &TcpInfo) {
         self.cell.retransmits.fetch_max(tcp.retransmits, Relaxed);
+        if let Some(acked) = tcp.bytes_acked {
+            self.cell.acked.fetch_max(acked, Relaxed);
+        }
     }
 
     /// It ended then, and is told later. The caller saw to it that nothing happened to it since.
     pub(crate) fn set_gone(&self, at: Instant) {
         let at = at.saturating_duration_since(self.started);
-        self.cell.gone.store(self.nanos(at), Relaxed);
+        let _ = self.aside().gone.set(at);
     }
 
     pub(crate) fn last_tcp(&self) -> Option<TcpInfo> {
@@ -890,10 +895,8 @@ impl Connection {
             .unwrap_or((CloseReason::Dropped, Initiator::Local));
         self.scope.transition(|t| {
             // Read under the lock, so that no event of this connection has a later time.
-            let at = match self.cell.gone.load(Relaxed) {
-                0 => self.elapsed(),
-                gone => Duration::from_nanos(gone - 1),
-            };
+            let gone = self.aside.get().and_then(|aside| aside.gone.get());
+            let at = gone.copied().unwrap_or_else(|| self.elapsed());
             let mut shard = self.scope.shard(self.id);
             let idle = self.idle_for(at);
             let from = self.move_to(&mut shard, ConnectionState::Closed);

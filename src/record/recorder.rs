@@ -99,7 +99,8 @@ impl Exporter {
     ) -> bool {
         match self {
             Self::Serves(address) => {
-                let any = address.ip().is_unspecified() || address.ip() == local.ip();
+                let ip = address.ip().to_canonical();
+                let any = ip.is_unspecified() || ip == local.ip().to_canonical();
                 any && address.port() == local.port()
             }
             Self::Sends(..) => addresses.contains(&peer),

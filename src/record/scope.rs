@@ -513,6 +513,13 @@ impl Scope {
         self.shard(id).live.get(&id.number).cloned()
     }
 
+    /// The same by its number: all in one scope are of one instance.
+    #[cfg_attr(not(feature = "otel"), allow(dead_code))]
+    pub(crate) fn numbered(&self, number: u64) -> Option<Arc<Connection>> {
+        let shard = self.shards.get(number as usize % SHARDS)?;
+        lock(&shard.0).live.get(&number).cloned()
+    }
+
     /// The number of every connection of this scope that is not closed, in no order.
     pub(crate) fn each_live(&self, mut each: impl FnMut(u64)) {
         for shard in &self.shards {
@@ -551,11 +558,11 @@ impl Scope {
         live
     }
 
-    /// Those in one of [`SHARDS`] parts, in no order.
+    /// The numbers of those in one of [`SHARDS`] parts, in no order.
     #[cfg_attr(not(feature = "otel"), allow(dead_code))]
-    pub(crate) fn live_in(&self, shard: usize) -> Vec<Arc<Connection>> {
+    pub(crate) fn numbers_in(&self, shard: usize) -> Vec<u64> {
         let shard = self.shards.get(shard).map(|shard| lock(&shard.0));
-        shard.map_or_else(Vec::new, |shard| shard.live.values().cloned().collect())
+        shard.map_or_else(Vec::new, |shard| shard.live.keys().copied().collect())
     }
 
     /// A consistent copy of the counts, and the byte totals by host.

@@ -21,7 +21,7 @@
 use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex};
 
-use crate::event::TcpInfo;
+use crate::event::{Direction, TcpInfo};
 use crate::record::tcp_info::{self, RawFd};
 use crate::record::{Connection, lock};
 
@@ -31,6 +31,7 @@ pub(crate) struct SocketSlot(Mutex<Option<Socket>>);
 
 struct Socket {
     fd: RawFd,
+    direction: Direction,
     /// Noted before the stream was in other hands for the first time.
     cookie: Option<NonZeroU64>,
     /// Somebody will see what it says at the end.
@@ -39,7 +40,7 @@ struct Socket {
 
 impl Socket {
     fn tcp_info(&self) -> Option<TcpInfo> {
-        let info = tcp_info::read(self.fd)?;
+        let info = tcp_info::read(self.fd, self.direction)?;
         let same = self.cookie.is_none() || self.cookie == tcp_info::cookie(self.fd);
         same.then_some(info)
     }
@@ -102,6 +103,7 @@ impl SocketGuard {
     pub(crate) fn new(connection: &Arc<Connection>, fd: RawFd, seen: bool) -> Self {
         *lock(&connection.socket.0) = Some(Socket {
             fd,
+            direction: connection.scope.direction,
             cookie: None,
             seen,
         });

@@ -252,6 +252,8 @@ pub struct ScopeStats {
     /// [`ConnectionRecord::tcp_info`](crate::ConnectionRecord::tcp_info), its close. Not part of what the
     /// sequence number vouches for.
     pub retransmits: u64,
+    /// Bytes that peers have acknowledged on all connections so far, likewise. Zero before Linux 4.1.
+    pub bytes_acked: u64,
     /// By host: the first entry holds what has no host, then come those that were learned, then the
     /// sums over the rest.
     pub hosts: Vec<HostStats>,
@@ -283,6 +285,8 @@ pub struct HostStats {
     pub bytes_written: u64,
     /// Segments sent again so far, as far as the kernel was asked: see [`ScopeStats::retransmits`].
     pub retransmits: u64,
+    /// Bytes acknowledged so far, likewise: see [`ScopeStats::bytes_acked`].
+    pub bytes_acked: u64,
 }
 
 impl ScopeStats {
@@ -329,6 +333,7 @@ impl ScopeStats {
             bytes_written: 0,
             tcp_seen: scope.tcp_seen(),
             retransmits: 0,
+            bytes_acked: 0,
             hosts: hosts.collect(),
             metrics: scope.metrics(),
         }
@@ -352,11 +357,13 @@ impl ScopeStats {
         self.bytes_read += moved.read;
         self.bytes_written += moved.written;
         self.retransmits += moved.retransmits;
+        self.bytes_acked += moved.acked;
         // A host learned between the two halves of the snapshot is in the next one.
         if let Some(host) = self.hosts.get_mut(slot) {
             host.bytes_read += moved.read;
             host.bytes_written += moved.written;
             host.retransmits += moved.retransmits;
+            host.bytes_acked += moved.acked;
         }
     }
 
@@ -417,6 +424,7 @@ impl HostStats {
             bytes_read: 0,
             bytes_written: 0,
             retransmits: 0,
+            bytes_acked: 0,
         }
     }
 }

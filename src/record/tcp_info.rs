@@ -7,7 +7,7 @@
 use std::num::NonZeroU64;
 use std::time::Duration;
 
-use crate::event::{TcpInfo, TcpState};
+use crate::event::{Direction, TcpInfo, TcpState};
 use crate::record::accept_queue::AcceptQueue;
 
 #[cfg(unix)]
@@ -22,6 +22,8 @@ pub(crate) const CAN_ASK: bool = cfg!(all(target_os = "linux", feature = "net"))
 /// multiple of its size, so it is the same on every architecture.
 mod at {
     pub(super) const STATE: usize = 0;
+    /// One byte of bits; the first of them.
+    pub(super) const APP_LIMITED: usize = 7;
     pub(super) const UNACKED: usize = 24;
     pub(super) const SACKED: usize = 28;
     pub(super) const LOST: usize = 32;
@@ -33,35 +35,79 @@ mod at {
     pub(super) const BYTES_RECEIVED: usize = 128;
     pub(super) const NOTSENT_BYTES: usize = 144;
     pub(super) const DELIVERY_RATE: usize = 160;
-    pub(super) const END: usize = 168;
+    pub(super) const BYTES_SENT: usize = 200;
+    pub(super) const BYTES_RETRANS: usize = 208;
+    pub(super) const END: usize = 216;
 }
 
 impl TcpInfo {
-    /// From the bytes that the kernel gave.
+    /// From the bytes that the kernel gave of a socket that was dialled.
     pub(crate) fn parse(bytes: &[u8]) -> Option<Self> {
+        Self::parse_of(Direction::Outbound, bytes)
+    }
+
+    /// From the bytes that the kernel gave of a socket that was dialled or accepted.
+    pub(crate) fn parse_of(direction: Direction, bytes: &[u8]) -> Option<Self> {
         let four = |at| Some(u32::from_ne_bytes(*bytes.get(at..)?.first_chunk()?));
         let eight = |at| Some(u64::from_ne_bytes(*bytes.get(at..)?.first_chunk()?));
         let micros = |at| Some(Duration::from_micros(four(at)?.into()));
+        let state = TcpState::from_kernel(*bytes.get(at::STATE)?)?;
+        let delivery_rate = eight(at::DELIVERY_RATE).filter(|rate| *rate > 0);
+        let sent = eight(at::BYTES_SENT).zip(eight(at::BYTES_RETRANS));
+        let sent = sent.map(|(all, again)| all.saturating_sub(again));
         Some(Self {
-            state: TcpState::from_kernel(*bytes.get(at::STATE)?)?,
+            state,
             rtt: micros(at::RTT)?,
             rtt_variance: micros(at::RTTVAR)?,
             retransmits: four(at::TOTAL_RETRANS)?,
             lost: four(at::LOST)?,
             unacked: four(at::UNACKED)?,
             congestion_window: four(at::SND_CWND)?,
-            delivery_rate: eight(at::DELIVERY_RATE).filter(|rate| *rate > 0),
-            bytes_acked: eight(at::BYTES_ACKED),
-            bytes_received: eight(at::BYTES_RECEIVED),
+            delivery_rate,
+            // On the byte order of this machine the first bit may be the highest.
+            app_limited: delivery_rate.is_some() && *bytes.get(at::APP_LIMITED)? & FIRST_BIT != 0,
+            bytes_acked: eight(at::BYTES_ACKED)
+                .map(|acked| data_acked(acked, direction, state, sent)),
+            bytes_received: eight(at::BYTES_RECEIVED)
+                .map(|received| data_received(received, state)),
             not_sent: four(at::NOTSENT_BYTES),
         })
     }
 }
 
-/// Asks the kernel. None where the descriptor is no TCP socket.
-pub(crate) fn read(fd: RawFd) -> Option<TcpInfo> {
+/// Where a compiler puts the first of several bits in a byte.
+const FIRST_BIT: u8 = if cfg!(target_endian = "big") { 0x80 } else { 1 };
+
+/// How many bytes of data the peer has acknowledged. The kernel counts what it does to its number of
+/// the first byte that is not acknowledged (`snd_una`), which goes over the opening segment of who
+/// dialled, and over the closing one. (Who accepts begins after its own opening segment.) `sent`: bytes
+/// of data that were sent, each once.
+fn data_acked(acked: u64, direction: Direction, state: TcpState, sent: Option<u64>) -> u64 {
+    use TcpState::{Closed, FinWait2, SynSent, TimeWait};
+    let opening = direction == Direction::Outbound && state != SynSent;
+    let data = acked.saturating_sub(opening.into());
+    let closing = match state {
+        FinWait2 | TimeWait => true,
+        // However it came there. What is more than all data can only be the closing segment.
+        Closed => sent.is_some_and(|sent| data > sent),
+        _ => false,
+    };
+    data.saturating_sub(closing.into())
+}
+
+/// How many bytes of data were received. The kernel counts what it does to the number that it expects
+/// next (`rcv_nxt`), which goes over the peer's closing segment; it begins after the opening one.
+fn data_received(received: u64, state: TcpState) -> u64 {
+    use TcpState::{CloseWait, Closing, LastAck, TimeWait};
+    let closing = matches!(state, CloseWait | Closing | LastAck | TimeWait);
+    received.saturating_sub(closing.into())
+}
+
+/// Asks the kernel about a socket that was dialled or accepted. None where the descriptor is no TCP
+/// socket.
+pub(crate) fn read(fd: RawFd, direction: Direction) -> Option<TcpInfo> {
     let mut bytes = [0; at::END];
-    TcpInfo::parse(sys::tcp_info(fd, &mut bytes)?)
+    TcpInfo::parse_of(direction, sys::tcp_info(fd, &mut bytes)?)
 }
 
 /// Asks the kernel how full a listening socket's queue is. None for every other descriptor.
@@ -157,6 +203,7 @@ mod tests {
         let mut bytes = [0xff; 232];
         let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
         put(at::STATE, &[8]);
+        put(at::APP_LIMITED, &[FIRST_BIT]);
         for (at, value) in [
             (at::UNACKED, 1_u32),
             (at::LOST, 2),
@@ -189,13 +236,17 @@ mod tests {
             unacked: 1,
             congestion_window: 5,
             delivery_rate: Some(10 << 32),
-            bytes_acked: Some(8 << 32),
-            bytes_received: Some(9 << 32),
+            app_limited: true,
+            // Less the opening segment, and the closing one of the peer.
+            bytes_acked: Some((8 << 32) - 1),
+            bytes_received: Some((9 << 32) - 1),
             not_sent: Some(7),
         };
         assert_eq!(TcpInfo::parse(&answer()), Some(expected));
         // As much as is asked for.
         assert_eq!(TcpInfo::parse(&answer()[..at::END]), Some(expected));
+        let accepted = TcpInfo::parse_of(Direction::Inbound, &answer()).unwrap();
+        assert_eq!(accepted.bytes_acked, Some(8 << 32));
     }
 
     /// Each field past the end is none, also where the end is in the middle of it.
@@ -217,6 +268,56 @@ mod tests {
             let expected = (length >= 128, length >= 136, length >= 148, length >= 168);
             assert_eq!(there, expected, "{length}");
         }
+    }
+
+    /// What the kernel counts, by state, of 100 bytes sent and acknowledged, and 50 received.
+    #[test]
+    fn the_segments_that_open_and_close_are_no_bytes() {
+        use TcpState::{
+            CloseWait, Closed, Closing, Established, FinWait1, FinWait2, LastAck, SynSent, TimeWait,
+        };
+        for (state, our_end, their_end) in [
+            (Established, 0, 0),
+            (FinWait1, 0, 0),
+            (FinWait2, 1, 0),
+            (Closing, 0, 1),
+            (TimeWait, 1, 1),
+            (CloseWait, 0, 1),
+            (LastAck, 0, 1),
+            // By a reset, or after its end was acknowledged.
+            (Closed, 0, 0),
+            (Closed, 1, 0),
+        ] {
+            for (direction, opening) in [(Direction::Outbound, 1), (Direction::Inbound, 0)] {
+                let acked = 100 + opening + our_end;
+                assert_eq!(
+                    data_acked(acked, direction, state, Some(100)),
+                    100,
+                    "{state}"
+                );
+            }
+            assert_eq!(data_received(50 + their_end, state), 50, "{state}");
+        }
+        // Reset while not all was acknowledged; and of a kernel that does not say what it sent.
+        let part = data_acked(61, Direction::Outbound, Closed, Some(100));
+        assert_eq!(part, 60);
+        let old = data_acked(102, Direction::Outbound, Closed, None);
+        assert_eq!(old, 101, "its closing segment is not known");
+        // Nobody has answered yet.
+        assert_eq!(data_acked(0, Direction::Outbound, SynSent, Some(0)), 0);
+        assert_eq!(data_acked(0, Direction::Outbound, Closed, Some(0)), 0);
+    }
+
+    /// A bit that stands for nothing while nothing was measured.
+    #[test]
+    fn what_was_not_measured_was_not_limited() {
+        let mut bytes = answer();
+        bytes[at::DELIVERY_RATE..at::DELIVERY_RATE + 8].fill(0);
+        let info = TcpInfo::parse(&bytes).unwrap();
+        assert_eq!((info.delivery_rate, info.app_limited), (None, false));
+        let mut bytes = answer();
+        bytes[at::APP_LIMITED] = !FIRST_BIT;
+        assert!(!TcpInfo::parse(&bytes).unwrap().app_limited);
     }
 
     #[test]
@@ -267,7 +368,7 @@ mod tests {
         let (unix, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
         let file = std::fs::File::open("/dev/null").unwrap();
         for fd in [udp.as_raw_fd(), unix.as_raw_fd(), file.as_raw_fd(), -1] {
-            assert_eq!(read(fd), None);
+            assert_eq!(read(fd, Direction::Outbound), None);
             assert_eq!(accept_queue(fd), None);
         }
         assert_eq!(cookie(file.as_raw_fd()), None);

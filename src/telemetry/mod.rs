@@ -4,8 +4,8 @@
 //! - [`spans`] writes spans from the record, each started and ended in one step.
 //! - [`metrics`] observes the record, and records the histograms.
 //! - [`caller`] tells a request's own span which connection it has.
-//! - [`checkpoint`] writes what stays open for long, [`tcp_samples`] asks the kernel now and then;
-//!   [`clock`] has the thread for both.
+//! - [`checkpoint`] writes what stays open for long, [`tcp_samples`] asks the kernel now and then, each
+//!   on a thread of its own.
 //!
 //! And for the one call (feature `otlp`):
 //!
@@ -21,7 +21,6 @@
 
 pub(crate) mod caller;
 pub(crate) mod checkpoint;
-pub(crate) mod clock;
 pub(crate) mod metrics;
 pub mod names;
 pub(crate) mod spans;

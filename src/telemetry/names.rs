@@ -77,6 +77,7 @@ attributes! {
     TCP_LOST = "conntrack.tcp.lost": "segments under way that the kernel took for lost at that time";
     TCP_CONGESTION_WINDOW = "conntrack.tcp.congestion_window": "how many segments might be under way";
     TCP_DELIVERY_RATE = "conntrack.tcp.delivery_rate": "the newest measure of how fast data reached the peer, bytes per second";
+    TCP_APP_LIMITED = "conntrack.tcp.app_limited": "that measure is of a time when there was too little to send: it says how much was asked of the way, which may be faster; set with `conntrack.tcp.delivery_rate`, on spans and on the metric";
     TCP_BYTES_ACKED = "conntrack.tcp.bytes_acked": "bytes that the peer has acknowledged, of the whole connection so far";
     TCP_NOT_SENT = "conntrack.tcp.not_sent": "bytes that were written and waited to be sent";
     TLS_VERSION = "tls.protocol.version": "`1.2` or `1.3`";
@@ -203,6 +204,7 @@ pub const SPANS: &[SpanName] = &[
             TCP_LOST,
             TCP_CONGESTION_WINDOW,
             TCP_DELIVERY_RATE,
+            TCP_APP_LIMITED,
             TCP_BYTES_ACKED,
             TCP_NOT_SENT,
         ],
@@ -246,6 +248,7 @@ pub const SPANS: &[SpanName] = &[
             TCP_LOST,
             TCP_CONGESTION_WINDOW,
             TCP_DELIVERY_RATE,
+            TCP_APP_LIMITED,
             TCP_BYTES_ACKED,
             TCP_NOT_SENT,
         ],
@@ -350,6 +353,28 @@ pub const REQUESTS: &[f64] = &[
     0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1_000.0, 10_000.0,
 ];
 
+/// Bounds for segments; the kernel begins with a window of ten.
+pub const SEGMENTS: &[f64] = &[
+    0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1_000.0, 10_000.0,
+];
+/// Bounds for bytes that wait: from none over 1 KiB in steps of four to 64 MiB.
+pub const BYTES: &[f64] = &[
+    0.0,
+    1_024.0,
+    4_096.0,
+    16_384.0,
+    65_536.0,
+    262_144.0,
+    1_048_576.0,
+    4_194_304.0,
+    16_777_216.0,
+    67_108_864.0,
+];
+/// Bounds for bytes per second: from a bad modem to ten gigabytes, close where networks are.
+pub const RATES: &[f64] = &[
+    1e3, 1e4, 1e5, 2.5e5, 5e5, 1e6, 2.5e6, 5e6, 1e7, 2.5e7, 5e7, 1e8, 1e9, 1e10,
+];
+
 /// Declares metrics: a constant for each, and the table of all.
 macro_rules! metrics {
     ($( #[$meta:meta] )+ $table:ident: $( $constant:ident = $name:literal, $instrument:expr, $unit:literal, $description:literal, $attributes:expr; )+) => {
@@ -425,8 +450,26 @@ metrics! {
     TCP_ROUND_TRIP = "conntrack.tcp.rtt", Histogram(SETUP), "s",
         "The kernel's smoothed round-trip time of connections: of each that is open once per `tcp_sample_interval`, and at its close; TCP on Linux.",
         &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT];
+    TCP_ROUND_TRIP_VARIANCE = "conntrack.tcp.rtt_variance", Histogram(SETUP), "s",
+        "How much the round-trip time of open connections varies; of each once per `tcp_sample_interval`, not at its close; TCP on Linux.",
+        &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT];
+    TCP_WINDOW = "conntrack.tcp.congestion_window", Histogram(SEGMENTS), "{segment}",
+        "How many segments may be under way on open connections; of each once per `tcp_sample_interval`, not at its close; TCP on Linux.",
+        &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT];
+    TCP_RATE = "conntrack.tcp.delivery_rate", Histogram(RATES), "By/s",
+        "How fast data reached the peers of open connections when the kernel measured it last; of each once per `tcp_sample_interval`, not at its close, and only where it was measured; TCP on Linux 4.9.",
+        &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT, TCP_APP_LIMITED];
+    TCP_UNSENT = "conntrack.tcp.not_sent", Histogram(BYTES), "By",
+        "Bytes that were written to open connections and wait to be sent, for the peer or for the network; of each once per `tcp_sample_interval`, not at its close; TCP on Linux 4.6.",
+        &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT];
+    TCP_LOST_NOW = "conntrack.tcp.lost", Histogram(SEGMENTS), "{segment}",
+        "Segments under way on open connections that the kernel takes for lost; of each once per `tcp_sample_interval`, not at its close; TCP on Linux.",
+        &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT];
     TCP_SENT_AGAIN = "conntrack.tcp.retransmits", Counter, "{segment}",
         "Segments that were sent again; of each open connection as of its last sample, of each closed one all; TCP on Linux.",
+        &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT];
+    TCP_ACKED = "conntrack.tcp.bytes_acked", Counter, "By",
+        "Bytes that peers have acknowledged; of each open connection as of its last sample, of each closed one all; TCP on Linux 4.1.",
         &[NAME, DIRECTION, SERVER_ADDRESS, SERVER_PORT];
     POOL_WAITING_NOW = "conntrack.pool.waiting", Gauge, "{request}",
         "Requests that wait for a connection, or under an in-flight limit for a place.",

@@ -509,6 +509,10 @@ fn tcp(info: &TcpInfo) -> impl Iterator<Item = KeyValue> {
             names::TCP_DELIVERY_RATE,
             info.delivery_rate.and_then(number),
         ),
+        (
+            names::TCP_APP_LIMITED,
+            info.delivery_rate.map(|_| Value::Bool(info.app_limited)),
+        ),
         (names::TCP_BYTES_ACKED, info.bytes_acked.and_then(number)),
         (
             names::TCP_NOT_SENT,

@@ -280,6 +280,15 @@ impl Collection {
         self.matching(metric, some).map(count).sum()
     }
 
+    /// The sum of what was recorded in the histogram with these labels among others.
+    pub fn total(&self, metric: &names::Metric, some: &[(&str, &str)]) -> f64 {
+        let sum = |(_, value)| match value {
+            Value::Histogram { sum, .. } => sum,
+            _ => panic!("{} is no histogram", metric.name),
+        };
+        self.matching(metric, some).map(sum).sum()
+    }
+
     /// How many series have these labels among theirs.
     pub fn series(&self, metric: &names::Metric, some: &[(&str, &str)]) -> usize {
         self.matching(metric, some).count()

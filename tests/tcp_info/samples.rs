@@ -1,7 +1,12 @@
 //! Samples of open connections, and what the metrics make of them: nothing twice, nothing lost.
 
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use opentelemetry::Context;
+use opentelemetry_sdk::error::OTelSdkResult;
+use opentelemetry_sdk::trace::{SdkTracerProvider, Span, SpanData, SpanProcessor};
 use otel_conntrack::{
     CloseWatchSource, ConnectionRecord, Conntrack, ReqwestBuilderExt, TrackedIo, names,
 };
@@ -93,6 +98,57 @@ async fn round_trips_of_what_is_open_are_sampled_again_and_again_and_at_the_clos
     .await;
     let later = reader.collect().count(&names::TCP_ROUND_TRIP, &outbound);
     assert!(later <= after + 1, "{after}, then {later}");
+}
+
+/// An application's processor that takes as long as it likes over a checkpoint.
+#[derive(Debug)]
+struct Blocks {
+    begun: Sender<()>,
+    released: Mutex<Receiver<()>>,
+}
+
+impl SpanProcessor for Blocks {
+    fn on_start(&self, _: &mut Span, _: &Context) {}
+
+    fn on_end(&self, span: SpanData) {
+        if span.name == names::CHECKPOINT {
+            let _ = self.begun.send(());
+            let released = self.released.lock();
+            let _ = released.unwrap_or_else(PoisonError::into_inner).recv();
+        }
+    }
+
+    fn force_flush(&self) -> OTelSdkResult {
+        Ok(())
+    }
+
+    fn shutdown_with_timeout(&self, _: Duration) -> OTelSdkResult {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_span_processor_that_blocks_in_a_checkpoint_delays_no_sample() {
+    let ((begun, begins), (release, released)) = (channel(), channel());
+    let released = Mutex::new(released);
+    let blocks = SdkTracerProvider::builder().with_span_processor(Blocks { begun, released });
+    let reader = Reader::cumulative();
+    let conntrack = Conntrack::builder()
+        .meter_provider(reader.provider())
+        .tracer_provider(blocks.build())
+        .checkpoint_interval(INTERVAL)
+        .tcp_sample_interval(INTERVAL)
+        .build()
+        .unwrap();
+    let (_client, _server) = pair(&conntrack).await;
+    until("a checkpoint", || begins.try_recv().is_ok()).await;
+    let sampled = || reader.collect().count(&names::TCP_ROUND_TRIP, &[]);
+    let before = sampled();
+    until("samples go on", || sampled() >= before + 4).await;
+    assert!(begins.try_recv().is_err(), "it is blocked still");
+    drop(release);
+    // And checkpoints do, once they may.
+    until("the next checkpoint", || begins.try_recv().is_ok()).await;
 }
 
 #[tokio::test]

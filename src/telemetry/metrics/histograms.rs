@@ -33,13 +33,27 @@ pub(crate) struct Histograms {
     first_byte: Bounded,
     idle_time: Bounded,
     rtt: Bounded,
+    rate: Bounded,
+    sampled: Sampled,
     requests: Bounded,
     time_in_queue: Bounded,
 }
 
-/// One histogram on every meter, with a bound on its label sets.
+/// One histogram on every meter.
+struct Everywhere(Vec<Histogram<f64>>);
+
+/// The same with a bound on its label sets.
 struct Bounded {
-    instruments: Vec<Histogram<f64>>,
+    histogram: Everywhere,
+    known: Mutex<Known>,
+}
+
+/// What each sample of a connection is recorded in: one label set for all, to be found once.
+struct Sampled {
+    rtt_variance: Everywhere,
+    window: Everywhere,
+    not_sent: Everywhere,
+    lost: Everywhere,
     known: Mutex<Known>,
 }
 
@@ -109,7 +123,7 @@ impl Hasher for KeyHasher {
     }
 }
 
-impl Bounded {
+impl Everywhere {
     fn new(metric: &Metric, meters: &[Meter]) -> Self {
         let bounds = match metric.instrument {
             names::Instrument::Histogram(bounds) => bounds,
@@ -126,16 +140,23 @@ impl Bounded {
                     .build()
             })
             .collect();
-        Self {
-            instruments,
-            known: Mutex::default(),
+        Self(instruments)
+    }
+
+    fn record(&self, value: f64, attributes: &[KeyValue]) {
+        for instrument in &self.0 {
+            instrument.record(value, attributes);
         }
     }
 }
 
 impl Histograms {
     pub(crate) fn new(meters: &[Meter], recorder: &Recorder) -> Self {
-        let new = |metric| Bounded::new(metric, meters);
+        let everywhere = |metric| Everywhere::new(metric, meters);
+        let new = |metric| Bounded {
+            histogram: everywhere(metric),
+            known: Mutex::default(),
+        };
         Self {
             drops: recorder.drops().clone(),
             connection_duration: new(&names::CONNECTION_DURATION),
@@ -147,38 +168,90 @@ impl Histograms {
             first_byte: new(&names::LISTENER_FIRST_BYTE),
             idle_time: new(&names::IDLE_TIME),
             rtt: new(&names::TCP_ROUND_TRIP),
+            rate: new(&names::TCP_RATE),
+            sampled: Sampled {
+                rtt_variance: everywhere(&names::TCP_ROUND_TRIP_VARIANCE),
+                window: everywhere(&names::TCP_WINDOW),
+                not_sent: everywhere(&names::TCP_UNSENT),
+                lost: everywhere(&names::TCP_LOST_NOW),
+                known: Mutex::default(),
+            },
             requests: new(&names::CONNECTION_REQUEST_COUNT),
             time_in_queue: new(&names::TIME_IN_QUEUE),
         }
     }
 
-    /// The kernel was asked about a connection.
+    /// The kernel was asked about an open connection.
     pub(crate) fn tcp_sampled(&self, connection: &Connection, tcp: &TcpInfo) {
-        let scope = &connection.scope;
-        // Zero is no time, but that none was measured.
-        if !scope.metrics() || tcp.rtt.is_zero() {
+        if !connection.scope.metrics() {
             return;
         }
-        let rtt = tcp.rtt.as_secs_f64();
-        self.record(&self.rtt, key(connection, 0), rtt, || {
-            let labels = Labels {
-                direction: Some(scope.direction),
-                ..Labels::name(&scope.name)
-            };
-            labels.host(host(connection, false))
-        });
+        self.round_trip(connection, tcp);
+        if let Some(rate) = tcp.delivery_rate {
+            let by_limit = key(connection, tcp.app_limited.into());
+            self.record(&self.rate, by_limit, rate as f64, || Labels {
+                app_limited: Some(tcp.app_limited),
+                ..tcp_labels(connection)
+            });
+        }
+        let sampled = &self.sampled;
+        let labels = || tcp_labels(connection);
+        let attributes = self.attributes(&sampled.known, key(connection, 0), labels);
+        if is_measured(tcp) {
+            let variance = tcp.rtt_variance.as_secs_f64();
+            sampled.rtt_variance.record(variance, &attributes);
+        }
+        let window = tcp.congestion_window.into();
+        sampled.window.record(window, &attributes);
+        if let Some(bytes) = tcp.not_sent {
+            sampled.not_sent.record(bytes.into(), &attributes);
+        }
+        sampled.lost.record(tcp.lost.into(), &attributes);
+    }
+
+    /// The one measure that is recorded at the close, too: a point costs about a thousand instructions,
+    /// and there are connections that live for one request.
+    fn round_trip(&self, connection: &Connection, tcp: &TcpInfo) {
+        if is_measured(tcp) {
+            let rtt = tcp.rtt.as_secs_f64();
+            let labels = || tcp_labels(connection);
+            self.record(&self.rtt, key(connection, 0), rtt, labels);
+        }
     }
 
     /// Records a value; `labels` is asked for when this label set is new.
     fn record(&self, histogram: &Bounded, key: Key, value: f64, labels: impl FnOnce() -> Labels) {
-        let (attributes, folded) = lock(&histogram.known).attributes(key, labels);
+        let attributes = self.attributes(&histogram.known, key, labels);
+        histogram.histogram.record(value, &attributes);
+    }
+
+    fn attributes(
+        &self,
+        known: &Mutex<Known>,
+        key: Key,
+        labels: impl FnOnce() -> Labels,
+    ) -> Arc<[KeyValue]> {
+        let (attributes, folded) = lock(known).attributes(key, labels);
         if folded {
             self.drops.label_sets(1);
         }
-        for instrument in &histogram.instruments {
-            instrument.record(value, &attributes);
-        }
+        attributes
     }
+}
+
+/// Zero is no time, but that none was measured.
+const fn is_measured(tcp: &TcpInfo) -> bool {
+    !tcp.rtt.is_zero()
+}
+
+/// Of what the kernel says of a connection.
+fn tcp_labels(connection: &Connection) -> Labels {
+    let scope = &connection.scope;
+    let labels = Labels {
+        direction: Some(scope.direction),
+        ..Labels::name(&scope.name)
+    };
+    labels.host(host(connection, false))
 }
 
 /// The host of a connection, `_other` if it has no slot of its own.
@@ -332,7 +405,7 @@ impl Sink for Histograms {
             });
         }
         if let Some(tcp) = connection.last_tcp() {
-            self.tcp_sampled(connection, &tcp);
+            self.round_trip(connection, &tcp);
         }
         let labels = || Labels::name(&scope.name).host(host(connection, false));
         let requests = connection.requests();

@@ -21,6 +21,8 @@ pub(super) struct Labels {
     /// The name that was looked up.
     pub(super) question: Option<Arc<str>>,
     pub(super) version: Option<&'static str>,
+    /// Of a measure of a connection's speed.
+    pub(super) app_limited: Option<bool>,
     /// Any further attribute with a fixed list of values.
     pub(super) facts: [Option<(&'static str, &'static str)>; 2],
 }
@@ -84,6 +86,7 @@ impl Labels {
             host: self.host.as_ref().map(|_| Host::other()),
             question: self.question.as_ref().map(|_| OTHER.into()),
             version: None,
+            app_limited: self.app_limited,
             facts: self.facts,
         }
     }
@@ -111,6 +114,9 @@ impl Labels {
         }
         if let Some(version) = self.version {
             attributes.push(KeyValue::new(names::PROTOCOL_VERSION, version));
+        }
+        if let Some(limited) = self.app_limited {
+            attributes.push(KeyValue::new(names::TCP_APP_LIMITED, limited));
         }
         for (key, value) in self.facts.iter().flatten() {
             attributes.push(KeyValue::new(*key, *value));

@@ -44,7 +44,12 @@ const OBSERVABLES: &[(&Metric, Read)] = &[
         closed(stats, Direction::Outbound, sums)
     }),
     (&names::IO, io),
-    (&names::TCP_SENT_AGAIN, retransmits),
+    (&names::TCP_SENT_AGAIN, |stats, sums| {
+        each_tcp_host(stats, |labels, host| sums.add(labels, host.retransmits));
+    }),
+    (&names::TCP_ACKED, |stats, sums| {
+        each_tcp_host(stats, |labels, host| sums.add(labels, host.bytes_acked));
+    }),
     (&names::LISTENER_ACCEPTED, |stats, sums| {
         each(stats, Direction::Inbound, |s| {
             sums.add(Labels::name(&s.name), s.accepted)
@@ -341,12 +346,12 @@ fn io(stats: &Stats, sums: &mut Sums) {
     }
 }
 
-fn retransmits(stats: &Stats, sums: &mut Sums) {
-    // Where the kernel is not to be asked, a zero would be a guess.
+/// The hosts of names whose connections the kernel can be asked about; elsewhere a zero would be a
+/// guess.
+fn each_tcp_host(stats: &Stats, mut f: impl FnMut(Labels, &HostStats)) {
     let seen = scopes(stats).filter(|scope| scope.tcp_seen);
-    for (labels, host) in seen.flat_map(hosts) {
-        sums.add(labels, host.retransmits);
-    }
+    seen.flat_map(hosts)
+        .for_each(|(labels, host)| f(labels, host));
 }
 
 fn dropped(stats: &Stats, sums: &mut Sums) {
