@@ -69,7 +69,7 @@ fn a_table_is_printed_though_later_looks_failed() {
         .open(&table)
         .unwrap();
     std::fs::remove_file(&table).unwrap();
-    let text = "heading\n\
+    let text = "  sl  local_address\n\
         1: 0100007F:0050 0100007F:03E8 01 00000000:00000000 00:00000000 00000000 0 0 2\n";
     std::io::Write::write_all(&mut pipe, text.as_bytes()).unwrap();
     drop(pipe);

@@ -70,7 +70,7 @@ fn no_value_of_a_file_becomes_markup() {
     let root = std::env::temp_dir().join(format!("conntrack-{}-{harm}", std::process::id()));
     let table = root.join("net/tcp");
     std::fs::create_dir_all(table.parent().unwrap()).unwrap();
-    std::fs::write(&table, "heading\n").unwrap();
+    std::fs::write(&table, "  sl  local_address\n").unwrap();
     let text = format!("proc-root {}\nlisten=0\nperiod 0.1\n", root.display());
     let file = File::new("<script>'.conf", &text);
     let exporter = Exporter::start_with(&["--config", file.path()], &[("TCPV6", "true")]);
