@@ -35,13 +35,15 @@ use support::expected::{agree, observables};
 use support::otel::{Reader, Series, Value, only, reader};
 use support::traffic::{Pipe, Service, dial, dial_as, http};
 
-/// A `Conntrack` for each of these readers' providers together.
+/// A `Conntrack` for each of these readers' providers together. What it counts stands still while nothing
+/// happens: nobody asks the kernel.
 fn conntrack_for(readers: &[&Reader]) -> Conntrack {
     readers
         .iter()
         .fold(Conntrack::builder(), |builder, reader| {
             builder.meter_provider(reader.provider())
         })
+        .tcp_sample_interval(None)
         .build()
         .expect("nothing is wrong with it")
 }

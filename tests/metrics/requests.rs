@@ -26,6 +26,8 @@ async fn a_pools_connections_are_active_then_idle_then_gone() {
     let conntrack = Conntrack::builder()
         .observer(observer)
         .meter_provider(reader.provider())
+        // What is counted stands still while nothing happens.
+        .tcp_sample_interval(None)
         .build()
         .unwrap();
     let mut listener = conntrack.listener("in").bind("127.0.0.1:0").await.unwrap();

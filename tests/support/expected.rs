@@ -94,6 +94,7 @@ pub fn observables(stats: &Stats, off: &[&str]) -> Points {
             if scope.tcp_seen {
                 let whose = [&[name, direction], &server[..]].concat();
                 add(&names::TCP_SENT_AGAIN, &whose, host.retransmits);
+                add(&names::TCP_ACKED, &whose, host.bytes_acked);
             }
             let scheme = host.target.as_ref().and_then(|t| t.scheme.as_deref());
             let Some(scheme) = scheme else { continue };
