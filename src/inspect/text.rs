@@ -557,7 +557,10 @@ pub(super) fn facts(view: &One) -> Vec<(&'static str, String)> {
         put("cwnd", Some(tcp.congestion_window.to_string()));
         put(
             "delivery",
-            tcp.delivery_rate.map(|rate| format!("{}/s", bytes(rate))),
+            tcp.delivery_rate.map(|rate| {
+                let least = if tcp.app_limited { "at least " } else { "" };
+                format!("{least}{}/s", bytes(rate))
+            }),
         );
         put("acked", tcp.bytes_acked.map(bytes));
         put("received", tcp.bytes_received.map(bytes));

@@ -41,6 +41,8 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
+use tracing_subscriber::EnvFilter;
+
 pub(crate) use url::join_signal_path;
 
 use parse::{
@@ -136,6 +138,20 @@ impl Env {
             None => Ok(false),
             Some(value) => parse_boolean(NAME, &value),
         }
+    }
+
+    /// `RUST_LOG`: which lines are printed; else what `default` says.
+    pub(crate) fn log_filter(&self, default: &str) -> Result<EnvFilter, EnvError> {
+        const NAME: &str = "RUST_LOG";
+        let Some(value) = self.value(NAME)? else {
+            return Ok(EnvFilter::new(default));
+        };
+        EnvFilter::try_new(&value).map_err(|error| {
+            let help = format!(
+                "must be levels and targets, such as info or warn,otel_conntrack=debug ({error})"
+            );
+            EnvError::new(NAME, value, help)
+        })
     }
 
     /// `OTEL_SERVICE_NAME`. The caller lets it win over `service.name` in

@@ -26,7 +26,6 @@ use crate::record::recorder::Exporter;
 use crate::telemetry::env::Propagators;
 use crate::telemetry::otlp;
 use crate::telemetry::runtime::TelemetryRuntime;
-use crate::telemetry::settings::Plan;
 use crate::telemetry::span_processor::Flusher;
 use crate::telemetry::spans::SpanWriter;
 
@@ -158,8 +157,12 @@ impl Builder {
             runtime: Some(runtime),
             in_force: None,
         };
-        if plan.subscriber {
-            install_subscriber(&guard, &plan)?;
+        #[cfg(feature = "stock")]
+        let pool_events = plan.stock_pool_events;
+        #[cfg(not(feature = "stock"))]
+        let pool_events = false;
+        if let Some(filter) = plan.subscriber {
+            install_subscriber(&guard, filter, pool_events)?;
         }
         // From here on nothing fails, so globals may change.
         guard.in_force = Some(in_force);
@@ -186,23 +189,18 @@ fn propagator(which: Propagators) -> TextMapCompositePropagator {
 }
 
 #[cfg_attr(not(feature = "stock"), allow(unused_variables))]
-fn install_subscriber(guard: &ConntrackGuard, plan: &Plan) -> Result<(), ConfigError> {
-    // Unset or unreadable, it is `info`, without what OpenTelemetry says of its own globals.
-    let filter = EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| EnvFilter::new("info,opentelemetry=warn"));
+fn install_subscriber(
+    guard: &ConntrackGuard,
+    filter: EnvFilter,
+    pool_events: bool,
+) -> Result<(), ConfigError> {
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_filter(filter);
     #[cfg(feature = "reqwest")]
-    let pools = plan
-        .stock_pool_events
-        .then(|| guard.stock_layer())
-        .transpose()?;
+    let pools = pool_events.then(|| guard.stock_layer()).transpose()?;
     #[cfg(all(feature = "stock", not(feature = "reqwest")))]
-    let pools = plan
-        .stock_pool_events
-        .then(|| guard.stock_pool_layer())
-        .transpose()?;
+    let pools = pool_events.then(|| guard.stock_pool_layer()).transpose()?;
     #[cfg(not(feature = "stock"))]
     let pools = tracing_subscriber::layer::Identity::new();
     let subscriber = Registry::default()

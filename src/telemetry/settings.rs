@@ -10,6 +10,7 @@ use opentelemetry::KeyValue;
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::metrics::Temporality;
 use opentelemetry_sdk::trace::Sampler;
+use tracing_subscriber::EnvFilter;
 
 use crate::builder::Builder;
 use crate::config::ConfigError;
@@ -165,7 +166,7 @@ impl Builder {
     }
 
     /// Whether `init` installs a `tracing` subscriber: events as lines on stderr, filtered by
-    /// `RUST_LOG` (default `info`), and spans to OpenTelemetry. Default: on. Turn it off if you have
+    /// `RUST_LOG` (default `info`; what can't be read is an error), and spans to OpenTelemetry. Default: on. Turn it off if you have
     /// one, and add [`ConntrackGuard::layer`](crate::ConntrackGuard::layer) to it.
     pub const fn subscriber(mut self, on: bool) -> Self {
         self.init.subscriber = Some(on);
@@ -218,7 +219,8 @@ pub(crate) struct Plan {
     pub(crate) prometheus: Option<SocketAddr>,
     #[cfg(feature = "prometheus")]
     pub(crate) go_conntrack_names: bool,
-    pub(crate) subscriber: bool,
+    /// What the subscriber prints; none without one.
+    pub(crate) subscriber: Option<EnvFilter>,
     #[cfg(feature = "stock")]
     pub(crate) stock_pool_events: bool,
     pub(crate) shutdown: Duration,
@@ -337,6 +339,10 @@ impl InitSettings {
                 "`subscriber(false)` was said; add the guard's `stock_pool_layer()` to your own subscriber",
             ));
         }
+        // `info`, without what OpenTelemetry says of its own globals.
+        let subscriber = subscriber
+            .then(|| env.log_filter("info,opentelemetry=warn"))
+            .transpose()?;
         let sampler = self.sampler(env)?;
         let resource = self.resource(env)?;
         let temporality = match (self.temporality, env.temporality()?) {

@@ -16,6 +16,7 @@ use super::specs::LISTEN;
 use super::{Failure, say};
 use crate::config::ConfigError;
 use crate::host::Monitor;
+use crate::telemetry::env::Env;
 use crate::telemetry::names;
 
 /// How often it is looked whether scans fail.
@@ -90,17 +91,7 @@ pub(super) fn run(mut settings: Settings) -> Result<(), Failure> {
 
 /// What the OTLP exporter says, on stderr.
 fn log() -> Result<(), ConfigError> {
-    const VARIABLE: &str = "RUST_LOG";
-    let given = std::env::var_os(VARIABLE).unwrap_or_default();
-    let given = given.to_string_lossy();
-    let filter = match given.trim() {
-        "" => "warn,otel_conntrack=info",
-        given => given,
-    };
-    let filter = tracing_subscriber::EnvFilter::try_new(filter).map_err(|error| {
-        let help = "must be levels and targets, such as info or warn,otel_conntrack=debug";
-        ConfigError::new(VARIABLE, &given, help).with_source(error)
-    })?;
+    let filter = Env::process().log_filter("warn,otel_conntrack=info")?;
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())

@@ -166,6 +166,8 @@ pub(in crate::inspect) struct Tcp {
     pub(in crate::inspect) unacked: u32,
     pub(in crate::inspect) congestion_window: u32,
     pub(in crate::inspect) delivery_rate: Option<u64>,
+    /// The rate says how much was asked of the way, which may be faster.
+    pub(in crate::inspect) app_limited: bool,
     pub(in crate::inspect) bytes_acked: Option<u64>,
     pub(in crate::inspect) bytes_received: Option<u64>,
     pub(in crate::inspect) not_sent: Option<u32>,
@@ -182,6 +184,7 @@ impl From<TcpInfo> for Tcp {
             unacked: tcp.unacked,
             congestion_window: tcp.congestion_window,
             delivery_rate: tcp.delivery_rate,
+            app_limited: tcp.app_limited,
             bytes_acked: tcp.bytes_acked,
             bytes_received: tcp.bytes_received,
             not_sent: tcp.not_sent,

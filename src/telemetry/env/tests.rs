@@ -163,6 +163,18 @@ fn an_environment_shows_nothing_of_itself() {
 // === all signals ===
 
 #[test]
+fn a_log_filter_that_makes_no_sense_is_an_error_and_none_is_the_default() {
+    let filter = |value: &str| Env::from_map([("RUST_LOG", value)]).log_filter("info,a=warn");
+    for nothing in ["", "  "] {
+        assert_eq!(filter(nothing).unwrap().to_string(), "a=warn,info");
+    }
+    assert_eq!(filter(" debug ").unwrap().to_string(), "debug");
+    let error = filter("a=b=c").unwrap_err();
+    assert_eq!((&*error.setting, &*error.value), ("RUST_LOG", "a=b=c"));
+    assert!(error.help.contains("levels and targets"), "{}", error.help);
+}
+
+#[test]
 fn sdk_disabled_is_true_or_false() {
     let bad = "must be true or false; leave it unset for false";
     table(
