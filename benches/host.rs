@@ -395,7 +395,8 @@ fn exporter(report: &mut Report, rows: usize, scan: f64) {
     while begin.elapsed() < Duration::from_secs(if report.quick { 2 } else { 8 }) {
         let begin = Instant::now();
         let mut stream = TcpStream::connect(&address).expect("it listens");
-        let request = "GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+        let request =
+            format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).expect("it reads");
         let mut text = String::new();
         stream.read_to_string(&mut text).expect("it answers");
