@@ -25,7 +25,7 @@ mod program;
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use program::{BOUND, Exporter, File, Scrape, Server, ended, request, request_with};
 use support::receiver::Receiver;
@@ -37,6 +37,24 @@ fn longterm(scrape: &Scrape, port: &str, version: &str) -> Option<f64> {
 }
 
 // === metrics ===
+
+/// As the seed's, by its client's default collectors.
+#[test]
+fn what_the_exporter_itself_takes_is_told_under_the_usual_names() {
+    let exporter = Exporter::start(&[]);
+    let scrape = exporter.scrape();
+    let value = |name: &str| scrape.value(name, &[]).unwrap();
+    let memory = value("process_resident_memory_bytes");
+    assert!(memory > 1e6 && memory < value("process_virtual_memory_bytes"));
+    assert!(value("process_open_fds") >= 3.0);
+    assert!(value("process_max_fds") >= value("process_open_fds"));
+    assert!(value("process_threads") >= 2.0);
+    let started = UNIX_EPOCH + Duration::from_secs_f64(value("process_start_time_seconds"));
+    assert!(started.elapsed().unwrap() < Duration::from_secs(60));
+    let processor = |scrape: &Scrape| scrape.value("process_cpu_seconds_total", &[]).unwrap();
+    let before = processor(&scrape);
+    exporter.until("work", |scrape| (processor(scrape) > before).then_some(()));
+}
 
 /// Bugs 1 and 4 of the seed: IPv6 was told as IPv4; and it counted polls.
 #[test]

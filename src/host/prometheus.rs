@@ -88,10 +88,13 @@ impl Collector for HostCollector {
     fn collect(&self) -> Vec<MetricFamily> {
         let snapshot = self.latest.snapshot();
         let longterm = if self.simple {
-            vec![gauge(&[], snapshot.long_term())]
+            vec![gauge(&[], snapshot.long_term() as f64)]
         } else {
             let row = |((port, ip), count): ((String, IpVersion), u64)| {
-                gauge(&[("port", &port), ("tcp_version", ip.digit())], count)
+                gauge(
+                    &[("port", &port), ("tcp_version", ip.digit())],
+                    count as f64,
+                )
             };
             by_port(&snapshot).into_iter().map(row).collect()
         };
@@ -154,7 +157,12 @@ fn ages(snapshot: &Snapshot) -> Vec<Metric> {
     metrics
 }
 
-fn family(name: &str, help: &str, kind: MetricType, metrics: Vec<Metric>) -> MetricFamily {
+pub(super) fn family(
+    name: &str,
+    help: &str,
+    kind: MetricType,
+    metrics: Vec<Metric>,
+) -> MetricFamily {
     let mut family = MetricFamily::default();
     family.set_name(name.to_owned());
     family.set_help(help.to_owned());
@@ -163,11 +171,20 @@ fn family(name: &str, help: &str, kind: MetricType, metrics: Vec<Metric>) -> Met
     family
 }
 
-fn gauge(pairs: &[(&str, &str)], value: u64) -> Metric {
+pub(super) fn gauge(pairs: &[(&str, &str)], value: f64) -> Metric {
     let mut gauge = Gauge::default();
-    gauge.set_value(value as f64);
+    gauge.set_value(value);
     let mut metric = Metric::from_label(labels(pairs));
     metric.set_gauge(gauge);
+    metric
+}
+
+#[cfg(feature = "exporter")]
+pub(super) fn counter(value: f64) -> Metric {
+    let mut counter = prometheus::proto::Counter::default();
+    counter.set_value(value);
+    let mut metric = Metric::default();
+    metric.set_counter(counter);
     metric
 }
 

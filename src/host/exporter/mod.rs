@@ -6,14 +6,15 @@
 //!
 //! - `specs` are the settings that there are, `args` the flags, `file` is the config file, `settings`
 //!   merges them: a flag goes before the environment, that before the file, that before the default.
-//! - `run` is the service, `serve` its HTTP, `page` what people see, `otlp` what is sent, `once` the
-//!   table of `--once`.
+//! - `run` is the service, `serve` its HTTP, `page` what people see, `otlp` what is sent, `process` what
+//!   is told of itself, `once` the table of `--once`.
 
 mod args;
 mod file;
 mod once;
 mod otlp;
 mod page;
+mod process;
 mod run;
 mod serve;
 mod settings;

@@ -10,6 +10,7 @@ use opentelemetry_sdk::metrics::SdkMeterProvider;
 use tokio::sync::watch;
 
 use super::otlp::Sending;
+use super::process::Process;
 use super::serve::{self, Site};
 use super::settings::{Otlp, Settings};
 use super::specs::LISTEN;
@@ -157,6 +158,7 @@ fn for_prometheus(
     );
     registry
         .register(Box::new(monitor.collector(simple)))
+        .and_then(|()| registry.register(Box::new(Process::new())))
         .map_err(|error| refused(&error))?;
     Ok(provider)
 }
