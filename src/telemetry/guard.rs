@@ -425,7 +425,8 @@ fn failures(results: impl IntoIterator<Item = OTelSdkResult>) -> Vec<String> {
 }
 
 /// Writes the life spans of what is still open, a queue's worth at a time, and counts those for
-/// which there was no time.
+/// which there was no time. To write one takes some microseconds, and many would take longer than the
+/// end of the bound may.
 fn write_open(
     conntrack: &Conntrack,
     spans: &SpanWriter,
@@ -438,17 +439,27 @@ fn write_open(
     let (mut written, mut in_time) = (0, true);
     conntrack.recorder.look();
     for connection in conntrack.recorder.live() {
-        if written >= batch && in_time {
+        if in_time && written >= batch {
             written = 0;
             in_time = flusher.flush_within(left(deadline)).is_ok();
-            if !in_time {
-                // The rest goes into a queue that is shut down next, which counts each of them.
-                tracing::debug!(target: "otel_conntrack", "no time to write every open connection");
-            }
+        }
+        if in_time && left(deadline).is_zero() {
+            in_time = false;
         }
         conntrack.recorder.shielded(|| {
-            written += usize::from(spans.still_open(&connection));
+            if in_time {
+                written += usize::from(spans.still_open(&connection));
+            } else if spans.give_up(&connection) {
+                conntrack
+                    .recorder
+                    .drops()
+                    .spans
+                    .fetch_add(1, Ordering::Relaxed);
+            }
         });
+    }
+    if !in_time {
+        tracing::debug!(target: "otel_conntrack", "no time to write every open connection");
     }
 }
 

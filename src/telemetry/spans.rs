@@ -261,6 +261,16 @@ impl SpanWriter {
         connection.ends.get().is_some() && self.life(connection, connection.elapsed())
     }
 
+    /// For a connection that is still open, where there is no time to write its life span. Whether one is
+    /// lost by it: none is where its set-up was not sampled, for its life belongs to the same trace.
+    #[cfg_attr(not(feature = "otlp"), allow(dead_code))]
+    pub(crate) fn give_up(&self, connection: &Connection) -> bool {
+        connection.ends.get().is_some()
+            && connection.scope.spans()
+            && connection.take_life_span()
+            && connection.trace.get().is_some_and(|trace| trace.sampled)
+    }
+
     /// Writes a checkpoint: what the connection did so far, since the last one.
     pub(crate) fn checkpoint(&self, connection: &Connection, from: Duration, now: Duration) {
         if !connection.scope.spans() {
