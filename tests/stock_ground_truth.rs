@@ -258,9 +258,10 @@ fn at_rest_every_count_is_the_servers_own() {
         p(99),
         p(100)
     );
-    // A notice is two threads that wake, and so is what it is compared with.
+    // Some eight threads wake one after the other until an end is known on both sides, and each of them
+    // and of their neighbours may be as late.
     assert!(
-        p(99) < Duration::from_millis(100) + 4 * machine,
+        p(99) < Duration::from_millis(100) + 16 * machine,
         "p99 {:?} max {:?}, this machine's own {machine:?}",
         p(99),
         p(100)

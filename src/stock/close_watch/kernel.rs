@@ -51,6 +51,8 @@ pub(super) struct Options {
     pub(super) receive_buffer: usize,
     /// The listener leaves when nothing was watched for this long.
     pub(super) idle: Duration,
+    /// How often orphans are looked for in spite of notices.
+    pub(super) orphans: Duration,
     /// How often everything is checked in spite of notices.
     pub(super) all: Duration,
     /// How long the first notice may take.
@@ -68,6 +70,7 @@ impl Default for Options {
             // The kernel gives what its net.core.rmem_max allows, and takes it as it is needed.
             receive_buffer: 4 << 20,
             idle: Duration::from_secs(10),
+            orphans: ORPHANS,
             all: ALL,
             // The kernel tells from a queue, which is long where thousands end per second.
             proof: Duration::from_secs(30),
@@ -85,12 +88,17 @@ pub(super) struct Kernel {
     proc_believed: AtomicBool,
     proc_trials: AtomicU8,
     pace: Mutex<Pace>,
+    /// One that the kernel did not know was watched since the last check: it may be gone already, and no
+    /// notice is sure to tell of it.
+    doubtful: AtomicBool,
 }
 
 /// When to check again; none before the first.
 #[derive(Default)]
 struct Pace {
     next: Option<Instant>,
+    /// The same where there is haste.
+    soonest: Option<Instant>,
     next_of_all: Option<Instant>,
 }
 
@@ -114,6 +122,7 @@ impl Kernel {
             proc_believed: AtomicBool::new(false),
             proc_trials: AtomicU8::new(0),
             pace: Mutex::default(),
+            doubtful: AtomicBool::new(false),
         }
     }
 
@@ -123,6 +132,9 @@ impl Kernel {
             self.listen(watch);
         }
         let identity = self.identify(key);
+        if identity.is_none() {
+            self.doubtful.store(true, Relaxed);
+        }
         if !self.hears() && !self.query_believed.load(Relaxed) {
             self.try_proc(key);
         }
@@ -265,9 +277,15 @@ impl Kernel {
             Err(TryLockError::WouldBlock) => return,
         };
         let begun = Instant::now();
-        if pace.next.is_some_and(|next| begun < next) {
+        let next = if self.doubtful.load(Relaxed) {
+            pace.soonest
+        } else {
+            pace.next
+        };
+        if next.is_some_and(|next| begun < next) {
             return;
         }
+        self.doubtful.store(false, Relaxed);
         let (depth, pause) = if self.hears() {
             let next_of_all = pace.next_of_all.get_or_insert(begun + self.options.all);
             let depth = if begun < *next_of_all {
@@ -275,7 +293,7 @@ impl Kernel {
             } else {
                 Depth::All
             };
-            (depth, ORPHANS)
+            (depth, self.options.orphans)
         } else {
             (Depth::All, Duration::ZERO)
         };
@@ -284,7 +302,9 @@ impl Kernel {
         }
         let ended = check::ended(self, &watch.table, depth);
         let took = begun.elapsed();
-        pace.next = Some(begun + took + pause.max(took * (SHARE - 1)));
+        let rest = took * (SHARE - 1);
+        pace.soonest = Some(begun + took + rest);
+        pace.next = Some(begun + took + pause.max(rest));
         drop(pace);
         count(&watch.counts.checks);
         watch.end_all(ended, By::Check);

@@ -240,6 +240,38 @@ fn a_peer_that_had_reset_before_is_told_by_the_ends() {
     world.is_quiet();
 }
 
+/// The client still holds its end, so no notice comes; and what else a check finds has no haste.
+#[test]
+fn one_that_was_gone_before_it_was_watched_is_found_at_the_next_look() {
+    let options = Options {
+        orphans: Duration::from_secs(3_600),
+        ..Options::default()
+    };
+    let world = World::hearing_with(options, Arc::default());
+    let (other, _server) = pair("127.0.0.1:0");
+    world.watch(&other);
+    world.watch.look();
+    assert_eq!(world.stats().checks, 1);
+    let (client, server) = pair("127.0.0.1:0");
+    let tuple = tuple(&client);
+    reset(server);
+    until(|| world.watch.kernel.get(&Key::from(&tuple), false) == Some(None));
+    let id = world.watch_as(&tuple);
+    until(|| {
+        world.watch.look();
+        !world.is_open(&tuple)
+    });
+    assert_eq!(world.end().id, id);
+    assert_eq!(world.stats().ended_by_check, 1);
+    // One look was enough, and there is no more haste.
+    let checks = world.stats().checks;
+    world.watch.look();
+    assert_eq!(world.stats().checks, checks);
+    drop((client, other));
+    world.end();
+    world.is_quiet();
+}
+
 #[test]
 fn a_socket_that_is_bound_to_a_device_is_told_by_its_ends() {
     let world = World::hearing();
